@@ -1,0 +1,94 @@
+"""The ``silo`` command: finds its subcommands when they are called, and turns errors into one line.
+
+Subcommands are named by import strings, so that ``silo --help`` loads neither torch nor a JVM, and so that this
+package, the lowest layer, imports none of those above it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from silo.errors import SiloError
+
+COMMANDS = {
+    "corpus": ("silo.corpus_cli:corpus", "Collect licensed text and audit it."),
+    "train": ("training.cli:train", "Train a model on permissively licensed text."),
+    "datastore": ("datastore.cli:datastore", "Build, change and verify a store of restricted text."),
+    "eval": ("eval.cli:evaluate", "Measure perplexity with and without the store."),
+    "quickstart": ("eval.quickstart_cli:quickstart", "Run the whole of SILO on real packages, in minutes."),
+}
+"""Name → (where it lives, what ``silo --help`` says of it)."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported only when one of them is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of a user's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="silo-lm")
+def main() -> None:
+    """A language model whose legal risk lives in files that can be deleted.
+
+    The weights learn only from permissively licensed text; everything else lives in a store beside the model, one
+    shard per rights holder, read at inference time and gone when the holder says so.
+    """
+
+
+def reports(render: Callable[[Any], None]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Make a function that returns a JSON value into a command body with ``--json``.
+
+    With ``--json`` the value is printed as one JSON document on stdout; else ``render`` shows it to a person.
+    A :class:`SiloError` becomes one line on stderr and the exit status that its class carries.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+        @functools.wraps(function)
+        def command(*args: Any, as_json: bool, **kwargs: Any) -> None:
+            try:
+                value = function(*args, **kwargs)
+            except SiloError as error:
+                fail(str(error), error.exit_code)
+            except OSError as error:
+                fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+            if as_json:
+                click.echo(json.dumps(value, ensure_ascii=False))
+            else:
+                render(value)
+
+        return command
+
+    return decorate
+
+
+def fail(message: str, exit_code: int) -> None:
+    """Say what is wrong in one line on stderr and leave."""
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A document with its licence and owner, and the JSON Lines in which documents travel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from silo.errors import DataError, UsageError
+from silo.files import canonical_json, sha256
+
+NO_LICENSE = "NOASSERTION"
+"""SPDX's word for a licence that nobody stated. It is restricted, as every unknown licence is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text, or one text pair, with what is known of its rights.
+
+    A pair has a ``prompt``, and ``text`` is its completion: a model trains on the completion only.
+    """
+
+    id: str
+    text: str
+    prompt: str = ""
+    license: str = NO_LICENSE
+    """An SPDX expression, or whatever stood in its place."""
+    owner: str = ""
+    """The rights holder, who may ask for removal."""
+    source: str = ""
+    """Where it came from, such as ``pypi:paramiko==4.0.0``."""
+    title: str = ""
+
+    @property
+    def full_text(self) -> str:
+        """Prompt and text in one."""
+        return self.prompt + self.text
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of prompt and text, which says "the same text" without saying the text."""
+        return sha256(canonical_json([self.prompt, self.text]))
+
+    def to_json(self) -> dict[str, str]:
+        """The record that :func:`parse_document` reads back."""
+        body = {"prompt": self.prompt, "completion": self.text} if self.prompt else {"text": self.text}
+        return {
+            "id": self.id,
+            **body,
+            "license": self.license,
+            "owner": self.owner,
+            "source": self.source,
+            "title": self.title,
+        }
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Read documents from a JSON Lines file, one object a line.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: a line is broken (its number is named), an id comes twice, or the file holds no document.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file; expected JSON Lines, one document a line")
+    seen: dict[str, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            document = parse_document(line, where=f"{path}:{number}")
+            if document.id in seen:
+                first = seen[document.id]
+                raise DataError(f"{path}:{number}: id {document.id!r} was already used in line {first}; ids are unique")
+            seen[document.id] = number
+            yield document
+    if not seen:
+        raise DataError(f"{path} holds no document; expected JSON Lines with at least one")
+
+
+def parse_document(line: bytes, *, where: str) -> Document:
+    """Make a document of one JSON line. ``where`` names the line in errors (:class:`DataError`)."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); expected one object a line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a {type(record).__name__}, expected an object with 'id' and 'text'")
+    return document_from_record(record, where=where)
+
+
+def document_from_record(record: dict[str, Any], *, where: str) -> Document:
+    """Make a document of a record with the fields of DESIGN's data format. Raises :class:`DataError`."""
+    is_pair = "prompt" in record or "completion" in record
+    wanted = ("id", "prompt", "completion") if is_pair else ("id", "text")
+    for name in wanted:
+        if not isinstance(record.get(name), str) or not record[name]:
+            raise DataError(f"{where}: field {name!r} is {_kind(record, name)}, expected a non-empty string")
+    optional = {}
+    for name in ("license", "owner", "source", "title"):
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: field {name!r} is {_kind(record, name)}, expected a string")
+        optional[name] = value or ""
+    optional["license"] = optional["license"].strip() or NO_LICENSE
+    body = {"prompt": record["prompt"], "text": record["completion"]} if is_pair else {"text": record["text"]}
+    return Document(id=record["id"], **body, **optional)
+
+
+def _kind(record: dict[str, Any], name: str) -> str:
+    if name not in record:
+        return "missing"
+    return "empty" if record[name] == "" else f"of type {type(record[name]).__name__}"

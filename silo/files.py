@@ -1,0 +1,139 @@
+"""Files that are whole or absent: atomic writes, checksums, canonical JSON, one writer at a time.
+
+Every byte that SILO keeps goes through :func:`write_file`, which is therefore the one place where a full disk
+shows, and the one place where a test makes one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from silo.errors import IntegrityError, StoreError, UsageError
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value that is hashed and stored: sorted keys, no spare spaces, a final newline."""
+    return (json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Hexadecimal SHA-256 of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old bytes or all of the new ones, also after a power cut.
+
+    The bytes go to a temporary neighbour, are synced, and take the name by one rename. On failure the neighbour is
+    removed and the old file stands.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as canonical JSON."""
+    write_file(path, canonical_json(value))
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write an array as ``.npy``, which carries its shape and type, and return the file's SHA-256."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    data = buffer.getbuffer()
+    write_file(path, data)
+    return sha256(data)
+
+
+def read_checked(path: Path, expected: str) -> bytes:
+    """Read a file whose SHA-256 is known.
+
+    Raises:
+        IntegrityError: the file is missing, or its bytes are not the promised ones.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is missing; restore it from a backup or rebuild what holds it") from None
+    check_digest(path, sha256(data), expected)
+    return data
+
+
+def read_array(path: Path, expected: str) -> np.ndarray:
+    """Read an ``.npy`` array whose SHA-256 is known. Raises :class:`IntegrityError` as :func:`read_checked` does."""
+    return np.load(io.BytesIO(read_checked(path, expected)), allow_pickle=False)
+
+
+def check_digest(path: Path, found: str, expected: str) -> None:
+    """Raise :class:`IntegrityError` unless a file's digest is the expected one."""
+    if found != expected:
+        raise IntegrityError(
+            f"{path} is damaged: its sha256 is {found[:12]}…, the manifest says {expected[:12]}…; "
+            "restore it from a backup or rebuild what holds it"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises :class:`UsageError` if it is not there, :class:`IntegrityError` if it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not valid JSON ({error}); restore it from a backup") from None
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all it holds, durably. Absent is fine: an earlier, interrupted call may have been here."""
+    shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold a file lock for one writer. The kernel frees it when the process dies, however it dies.
+
+    Raises:
+        StoreError: another process holds it.
+    """
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{path.parent} is being written by another process; try again when it is done") from None
+        yield
