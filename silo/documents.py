@@ -86,6 +86,8 @@ def parse_document(line: bytes, *, where: str) -> Document:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: not valid JSON ({error}); expected one object a line") from None
+    if "\\ud" in line.decode(errors="replace").lower() and _has_surrogate(record):
+        raise DataError(f"{where}: an unpaired surrogate (\\ud800 to \\udfff) is no Unicode text; mend or drop the line")
     if not isinstance(record, dict):
         raise DataError(f"{where}: a {type(record).__name__}, expected an object with 'id' and 'text'")
     return document_from_record(record, where=where)
@@ -113,3 +115,11 @@ def _kind(record: dict[str, Any], name: str) -> str:
     if name not in record:
         return "missing"
     return "empty" if record[name] == "" else f"of type {type(record[name]).__name__}"
+
+
+def _has_surrogate(value: Any) -> bool:
+    try:
+        canonical_json(value)
+    except UnicodeEncodeError:
+        return True
+    return False

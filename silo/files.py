@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, checksums, canonical JSON, one writer at a time.
 
-Every byte that SILO keeps goes through :func:`write_file`, which is therefore the one place where a full disk
-shows, and the one place where a test makes one.
+Small files are written by :func:`write_file`. What is too large for that, or written by another library, goes into a
+directory of its own that takes its name by one rename when it is whole.
 """
 
 from __future__ import annotations

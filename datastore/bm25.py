@@ -1,0 +1,197 @@
+"""BM25 over blocks of text, in Lucene.
+
+Lucene is driven through its own classes rather than Pyserini's: its ``MultiReader`` scores blocks that lie in several
+directories with the statistics of all of them together, so that scores do not depend on how blocks are grouped.
+
+An index holds which words a block has and how often, and the block's key; neither the text nor the order of the words
+is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from datastore.jvm import java_cast, java_class, java_errors, java_text
+from silo.errors import DataError, UsageError
+
+_LUCENE = "org.apache.lucene."
+_KEY = "key"
+_TEXT = "text"
+_UNLIMITED_CLAUSES = 2**31 - 1
+
+
+class Block(NamedTuple):
+    """A stretch of one document's text, the unit that BM25 finds."""
+
+    key: str
+    """Unique among all blocks of a store; blocks of equal score come in the order of their keys' code points."""
+    text: str
+
+
+def build_index(directory: Path, blocks: Iterable[Block]) -> None:
+    """Index blocks into a directory, which is then complete and never changed.
+
+    Words are those of Unicode's segmentation, in lower case, with no stop words and no stems: the text is code as
+    often as prose. The index has one segment, so that a block that is not given leaves no trace. An index that is
+    already there is replaced.
+
+    Raises:
+        DataError: a key has a character that UTF-8 cannot hold.
+        StoreError: Lucene cannot write, for example because the disk is full. What it wrote so far is not an index.
+    """
+    with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
+        writer = _lucene("index.IndexWriter")(files, _writer_config())
+        try:
+            _add_blocks(writer, blocks)
+            writer.forceMerge(1)
+            writer.close()
+        except BaseException:
+            writer.rollback()
+            raise
+
+
+class BM25Searcher:
+    """Finds the blocks of several indexes that match a query best.
+
+    The searcher sees its indexes as they were when it was opened, also when their directories are deleted meanwhile.
+    ``k1`` is how much a word counts that comes again, ``b`` how much long blocks are held back.
+
+    Scores are the same to the last bit however the blocks are spread over directories: document frequencies and
+    lengths are summed as integers over all of them, and a block's score is a sum in double precision of a few
+    single-precision terms of similar size, which is exact in any order.
+
+    Raises:
+        StoreError: a directory holds no index that Lucene can read.
+    """
+
+    def __init__(self, directories: Sequence[Path], *, k1: float = 0.9, b: float = 0.4) -> None:
+        with java_errors("cannot search with BM25"):
+            self._reader = _open_readers(directories)
+            self._searcher = _lucene("search.IndexSearcher")(java_cast(f"{_LUCENE}index.IndexReader", self._reader))
+            self._searcher.setSimilarity(_lucene("search.similarities.BM25Similarity")(k1, b))
+            self._searcher.setMaxClauseCount(_UNLIMITED_CLAUSES)
+            self._queries = _lucene("util.QueryBuilder")(_analyzer())
+            self._order = _score_then_key()
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the indexes hold together."""
+        return int(self._reader.numDocs())
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+        """The keys and scores of the ``k`` best blocks for each query, best first, equal scores by key.
+
+        A query is a bag of words: it has no syntax, a word that it repeats counts as often as it is repeated, and a
+        block matches if it has any of them. A query without words finds nothing.
+        """
+        if k < 1:
+            raise UsageError(f"k is {k}, expected at least 1 block")
+        with java_errors("cannot search with BM25"):
+            return [self._search(query, k) for query in queries]
+
+    def close(self) -> None:
+        """Let go of the indexes' files. The searcher cannot be used afterwards."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _search(self, text: str, k: int) -> list[tuple[str, float]]:
+        query = self._queries.createBooleanQuery(_TEXT, java_text(text))
+        if query is None:
+            return []
+        top = self._searcher.search(query, k, self._order)
+        hits = (java_cast(f"{_LUCENE}search.FieldDoc", hit).fields for hit in top.scoreDocs)
+        return [(key.utf8ToString(), float(score)) for score, key in hits]
+
+
+def _add_blocks(writer: Any, blocks: Iterable[Block]) -> None:
+    """Index blocks one by one with a document that is made once: three calls into Java a block."""
+    text = _lucene("document.Field")(
+        _TEXT,
+        java_cast("java.lang.CharSequence", java_class("java.lang.String")("")),
+        java_cast(f"{_LUCENE}index.IndexableFieldType", _words_and_counts()),
+    )
+    key = _lucene("document.SortedDocValuesField")(_KEY, _lucene("util.BytesRef")(b""))
+    document = _lucene("document.Document")()
+    document.add(text)
+    document.add(key)
+    for block in blocks:
+        key.setBytesValue(_key_bytes(block.key))
+        text.setStringValue(java_text(block.text))
+        writer.addDocument(document)
+
+
+def _key_bytes(key: str) -> bytes:
+    try:
+        return key.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the block key {key!r} is not valid Unicode ({error.reason}); give its document another id"
+        ) from None
+
+
+def _words_and_counts() -> Any:
+    """The kind of field that keeps of a text which words it has and how often, and nothing else."""
+    kind = _lucene("document.FieldType")()
+    kind.setTokenized(True)
+    kind.setIndexOptions(_lucene("index.IndexOptions").DOCS_AND_FREQS)
+    kind.freeze()
+    return kind
+
+
+def _writer_config() -> Any:
+    """Settings under which writing is one thread's work, so that an error reaches the caller and order is kept."""
+    config = _lucene("index.IndexWriterConfig")(_analyzer())
+    config.setOpenMode(java_class(f"{_LUCENE}index.IndexWriterConfig$OpenMode").CREATE)
+    config.setMergeScheduler(_lucene("index.SerialMergeScheduler")())
+    return config
+
+
+def _analyzer() -> Any:
+    """What makes words of a text, the same for blocks and for queries."""
+    return _lucene("analysis.standard.StandardAnalyzer")()
+
+
+def _score_then_key() -> Any:
+    """The order of hits. Lucene's own breaks ties by position in the index, which grouping would change."""
+    field = _lucene("search.SortField")
+    by_key = field(_KEY, java_class(f"{_LUCENE}search.SortField$Type").STRING)
+    return _lucene("search.Sort")(field.FIELD_SCORE, by_key)
+
+
+def _open_readers(directories: Sequence[Path]) -> Any:
+    """One reader over all directories; closing it closes theirs. None stays open if one cannot be opened."""
+    with contextlib.ExitStack() as on_failure:
+        readers = []
+        for directory in directories:
+            with (
+                java_errors(f"cannot open the BM25 index {directory}; rebuild it"),
+                _open_directory(directory) as files,
+            ):
+                readers.append(_lucene("index.DirectoryReader").open(files))
+            on_failure.callback(readers[-1].close)
+        together = _lucene("index.MultiReader")(readers, True)
+        on_failure.pop_all()
+        return together
+
+
+@contextlib.contextmanager
+def _open_directory(directory: Path) -> Iterator[Any]:
+    """A directory as Lucene sees it, without a lock file: the store has its own lock, and an index never changes."""
+    path = java_class("java.nio.file.Paths").get(str(directory.absolute()))
+    files = _lucene("store.FSDirectory").open(path, _lucene("store.NoLockFactory").INSTANCE)
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+def _lucene(name: str) -> Any:
+    return java_class(_LUCENE + name)

@@ -1,0 +1,184 @@
+"""``silo datastore``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from silo.cli import reports
+
+if TYPE_CHECKING:
+    from datastore.store import Selection
+
+STORE = click.argument("store", type=click.Path(path_type=Path))
+
+
+@click.group()
+def datastore() -> None:
+    """Build, change and verify a store of restricted text."""
+
+
+def render_pairs(value: dict[str, Any]) -> None:
+    """Show a flat value, one name a line."""
+    width = max(map(len, value))
+    for name, item in value.items():
+        click.echo(f"{name:<{width}}  {item}")
+
+
+@datastore.command()
+@STORE
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model that makes the keys.")
+@click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    help="Permissive side of a corpus; its control split teaches centroids and codes. "
+    "Without it nothing is learnt: search is exhaustive, keys are half-precision.",
+)
+@click.option("--policy", type=click.Path(path_type=Path), help="Licence policy file that judges the control corpus.")
+@reports(render_pairs)
+def create(store: Path, model: Path, control: Path | None, policy: Path | None) -> dict[str, Any]:
+    """Make an empty store for the keys of one model.
+
+    Example: silo datastore create STORE --model MODEL --control CORPUS/permissive
+    """
+    from datastore.control import describe, fit_control_plane
+    from datastore.store import Store, read_trained_on
+    from silo.language_model import LanguageModel
+    from silo.licensing import DEFAULT_POLICY, load_policy
+
+    lm = LanguageModel.load(model)
+    rules = load_policy(policy) if policy else DEFAULT_POLICY
+    plane = fit_control_plane(lm, control, rules, read_trained_on(model)) if control else None
+    made = Store.create(store, lm, model / "tokenizer.json", plane)
+    return {"store": str(store), "hash": made.hash, **describe(made.control)}
+
+
+@datastore.command()
+@STORE
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="Directory of the model that the store was made for."
+)
+@reports(render_pairs)
+def add(store: Path, files: tuple[Path, ...], model: Path) -> dict[str, Any]:
+    """Add the documents of JSON Lines FILEs, each to its owner's shard; all of them, or none.
+
+    Example: silo datastore add STORE CORPUS/restricted/train.jsonl --model MODEL
+    """
+    from datastore.store import Store
+    from silo.documents import read_documents
+    from silo.language_model import LanguageModel
+    from silo.progress import progress_bar
+
+    opened = Store.open(store)
+    documents = [document for file in files for document in read_documents(file)]
+    with progress_bar("add") as progress:
+        receipt = opened.add(documents, LanguageModel.load(model), progress=progress)
+    return change(opened.path, receipt.path, receipt.content)
+
+
+def change(store: Path, path: Path, receipt: dict[str, Any]) -> dict[str, Any]:
+    """What a change says of itself."""
+    documents = receipt["documents"]
+    return {
+        "store": str(store),
+        "documents": len(documents),
+        "tokens": sum(document["tokens"] for document in documents),
+        "shards": sorted({document["shard"] for document in documents}),
+        "hash": receipt["store_after"],
+        "receipt": str(path),
+    }
+
+
+@datastore.command()
+@STORE
+@click.option("--document", "documents", multiple=True, metavar="ID", help="Remove one document.")
+@click.option("--owner", "owners", multiple=True, metavar="NAME", help="Remove all documents of an owner.")
+@click.option("--source", "sources", multiple=True, metavar="S", help="Remove all documents of a source.")
+@click.option("--shard", "shards", multiple=True, metavar="NAME", help="Remove a shard.")
+@click.option("--reason", default="", help="Why; kept in the receipt and the log.")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
+@reports(render_pairs)
+def remove(store: Path, reason: str, dry_run: bool, **names: tuple[str, ...]) -> dict[str, Any]:
+    """Remove documents physically, and write a receipt.
+
+    Weights that were fitted on the removed text lie outside the store: fit them again.
+
+    Example: silo datastore remove STORE --owner 'Jeff Forcier' --reason 'request of 2026-11-22'
+    """
+    from datastore.store import Selection, Store
+
+    opened = Store.open(store)
+    selection: Selection = Selection(**names)
+    if dry_run:
+        going = opened.affected(selection)
+        return {
+            "store": str(store),
+            "would_remove": [row.id for _, row in going],
+            "documents": len(going),
+            "tokens": sum(row.end - row.begin for _, row in going),
+        }
+    receipt = opened.remove(selection, reason=reason)
+    return change(opened.path, receipt.path, receipt.content)
+
+
+def render_shards(value: dict[str, Any]) -> None:
+    """Show one row a shard."""
+    table = Table()
+    for column in ("shard", "licences", "documents", "tokens", "bytes"):
+        table.add_column(column, justify="left" if column in ("shard", "licences") else "right", overflow="fold")
+    for row in value["shards"]:
+        numbers = (f"{row[name]:,}" for name in ("documents", "tokens", "bytes"))
+        table.add_row(row["shard"], ", ".join(row["licenses"]), *numbers)
+    Console().print(table)
+
+
+@datastore.command("list")
+@STORE
+@reports(render_shards)
+def list_shards(store: Path) -> dict[str, Any]:
+    """List the live shards: owners, licences, documents, tokens, bytes."""
+    from datastore.store import Store
+
+    opened = Store.open(store)
+    return {"store": str(store), "hash": opened.hash, "shards": opened.summary()}
+
+
+@datastore.command()
+@STORE
+@reports(render_pairs)
+def verify(store: Path) -> dict[str, Any]:
+    """Check every checksum, the log's chain and every receipt; exit 1 and name the file if one is wrong."""
+    from datastore.store import Store
+
+    return Store.open(store).verify()
+
+
+@datastore.command("hash")
+@STORE
+@reports(lambda value: click.echo(value["hash"]))
+def show_hash(store: Path) -> dict[str, Any]:
+    """Print the canonical hash: equal for stores that hold the same documents, whatever their history."""
+    from datastore.store import Store
+
+    return {"store": str(store), "hash": Store.open(store).hash}
+
+
+def render_log(value: dict[str, Any]) -> None:
+    """Show one line a change."""
+    for line in value["log"]:
+        click.echo(f"{line['sequence']:>6}  {line['time']}  {line['operation']:<7} {line['receipt']}  {line['reason']}")
+
+
+@datastore.command()
+@STORE
+@reports(render_log)
+def log(store: Path) -> dict[str, Any]:
+    """Show what was added and removed, when, why, and with which receipt."""
+    from datastore.store import Store
+
+    return {"store": str(store), "log": Store.open(store).log()}

@@ -1,0 +1,129 @@
+"""``silo eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from silo.cli import reports
+from silo.errors import UsageError
+
+if TYPE_CHECKING:
+    from silo.language_model import LanguageModel
+    from silo.mixture import Mixture
+
+METHODS = ("lm", "knn", "ric")
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure perplexity with and without the store."""
+
+
+def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """Read ``lm,knn,ric``."""
+    methods = value.split(",")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
+        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn and ric, such as lm,knn")
+    return methods
+
+
+def render(value: dict[str, Any]) -> None:
+    """Show a table of mixtures."""
+    table = Table(title=f"{value['documents']} documents, {value['tokens']:,} tokens")
+    for column in ("mixture", "perplexity", "weights", "temperature"):
+        table.add_column(column, justify="right" if column == "perplexity" else "left")
+    for name, perplexity in value["perplexity"].items():
+        mixture = value["mixtures"][name]
+        weights = ", ".join(f"{method} {weight:.3f}" for method, weight in mixture["weights"].items())
+        table.add_row(name, f"{perplexity:.2f}", weights, f"{mixture['temperature']:g}" if "knn" in weights else "")
+    Console().print(table)
+
+
+@evaluate.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store, for knn and ric.")
+@click.option("--use", "methods", default="lm", callback=parse_methods, help="Methods, such as lm,knn,ric. Default lm.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON Lines to report on.")
+@click.option("--fit", "fit_on", type=click.Path(path_type=Path), help="JSON Lines to fit weights on; other documents.")
+@click.option("--weights", type=click.Path(path_type=Path), help="File of weights that --save-weights wrote.")
+@click.option("--save-weights", type=click.Path(path_type=Path), help="Write the fitted weights to this file.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Score at most this many tokens of each file.")
+@reports(render)
+def perplexity(
+    model: Path,
+    store: Path | None,
+    methods: list[str],
+    data: Path,
+    fit_on: Path | None,
+    weights: Path | None,
+    save_weights: Path | None,
+    max_tokens: int | None,
+) -> dict[str, Any]:
+    """Perplexity of the model alone, with each method, and with all.
+
+    Weights and temperature are fitted on the documents of --fit, which must be others than those of --data.
+
+    Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ric --data test.jsonl --fit val.jsonl
+    """
+    from eval import perplexity as measure
+    from silo.documents import read_documents
+    from silo.files import read_json, write_json
+    from silo.language_model import LanguageModel
+    from silo.progress import progress_bar
+
+    require_options(methods, store, fit_on, weights)
+    documents = list(read_documents(data))
+    fitted_documents = list(read_documents(fit_on)) if fit_on else []
+    measure.require_disjoint(documents, fitted_documents)
+    lm = LanguageModel.load(model)
+    mixture, store_hash = open_mixture(lm, store, methods)
+    if fit_on:
+        with progress_bar("fit") as progress:
+            texts = measure.sample(fitted_documents, mixture, max_tokens)
+            fitted = measure.fit_combinations(measure.score(mixture, texts, progress=progress), methods)
+        source = {"fitted_on": measure.data_hash(texts)}
+    else:
+        value = read_json(weights) if weights else {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
+        fitted, source = measure.weights_from_json(value, methods, where=str(weights)), {"fitted_on": value.get("fitted_on")}
+    texts = measure.sample(documents, mixture, max_tokens)
+    with progress_bar("score") as progress:
+        scores = measure.score(mixture, texts, progress=progress)
+    described = measure.weights_to_json(fitted, {**source, "model": lm.fingerprint, "store": store_hash})
+    if save_weights:
+        write_json(save_weights, described)
+    return {
+        "perplexity": measure.perplexities(scores, fitted),
+        "tokens": len(scores.lm),
+        "documents": len(texts),
+        "data": measure.data_hash(texts),
+        **described,
+    }
+
+
+def require_options(methods: list[str], store: Path | None, fit_on: Path | None, weights: Path | None) -> None:
+    """Raise :class:`UsageError` for options that do not fit together."""
+    if fit_on and weights:
+        raise UsageError("--fit and --weights were both given; choose one")
+    if len(methods) > 1 and store is None:
+        raise UsageError(f"--use {','.join(methods)} needs --store")
+    if len(methods) > 1 and not (fit_on or weights):
+        raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
+
+
+def open_mixture(lm: LanguageModel, store: Path | None, methods: list[str]) -> tuple[Mixture, str | None]:
+    """The mixture of some methods over a store, and the store's hash."""
+    from datastore.store import Store
+    from silo.mixture import Mixture
+
+    if store is None or methods == ["lm"]:
+        return Mixture(lm), None
+    opened = Store.open(store)
+    opened.require_model(lm)
+    neighbours = opened.neighbours() if "knn" in methods else None
+    return Mixture(lm, neighbours=neighbours, blocks=opened.blocks() if "ric" in methods else None), opened.hash

@@ -1,0 +1,499 @@
+"""Which tier a licence belongs to: the gate between the weights and everything else.
+
+One rule decides every doubtful case here: a licence is restricted until something that we trust says otherwise. What
+is trusted is small: a parsed SPDX expression, ScanCode's category of each licence in it, and the policy file of the
+person who runs SILO. Tiers are those of SILO's Open License Corpus (arXiv 2308.04430).
+
+A leaf module: it imports nothing of ours but the errors.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase as _matches
+from pathlib import Path
+from typing import Any, Protocol
+
+import license_expression
+
+from silo.errors import UsageError
+
+NO_LICENSE = "NOASSERTION"
+"""SPDX's word for a licence that nobody stated, or that nobody can read."""
+
+RULES = 1
+"""Version of the reading below. It is part of every policy's fingerprint, so that a changed reading shows."""
+
+
+@functools.total_ordering
+class Tier(enum.Enum):
+    """What may be done with a text, from freest to strictest: ``max`` of two tiers is the stricter one."""
+
+    PD = "PD"
+    """Public domain: no condition at all."""
+    SW = "SW"
+    """Permissive software licences: keep the notice."""
+    BY = "BY"
+    """Attribution licences of texts and data: name the author wherever the text shows."""
+    RESTRICTED = "restricted"
+    """All else, known or unknown. It may be read from a store, and never trains a weight."""
+
+    def __lt__(self, other: object) -> bool:
+        if not isinstance(other, Tier):
+            return NotImplemented
+        order = list(Tier)
+        return order.index(self) < order.index(other)
+
+    @property
+    def permissive(self) -> bool:
+        """Whether the weights may learn from it."""
+        return self is not Tier.RESTRICTED
+
+
+class Licensed(Protocol):
+    """What a policy looks at: a document, or a row of a corpus's index."""
+
+    @property
+    def license(self) -> str:
+        """An SPDX expression, or whatever stood in its place."""
+
+    @property
+    def owner(self) -> str:
+        """The rights holder."""
+
+    @property
+    def source(self) -> str:
+        """Where the text came from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What the operator knows better than the tables: tiers by licence, by owner, by source.
+
+    A source or an owner is more specific than a licence and wins over it; where several rules of one kind match, the
+    strictest counts. Licences and sources may be patterns such as ``CC-BY-SA-*``.
+    """
+
+    licenses: tuple[tuple[str, Tier], ...] = ()
+    owners: tuple[tuple[str, Tier], ...] = ()
+    sources: tuple[tuple[str, Tier], ...] = ()
+
+    def tier(self, document: Licensed) -> Tier:
+        """The tier of a document. Unknown, missing and unparsable licences are restricted."""
+        ruled = [tier for pattern, tier in self.sources if _matches(document.source, pattern)]
+        ruled += [tier for owner, tier in self.owners if owner == document.owner]
+        return max(ruled) if ruled else tier_of(document.license, self)
+
+    def license_rule(self, name: str) -> Tier | None:
+        """What the policy says of a licence, if it says anything. Case does not matter, as in SPDX.
+
+        A pattern matches one name. Were a whole expression to match it, ``MIT*`` would free "MIT AND GPL-3.0-only".
+        """
+        name = name.lower()
+        rules = [(pattern.lower(), tier) for pattern, tier in self.licenses]
+        matches = [tier for pattern, tier in rules if pattern == name or (" " not in name and _matches(name, pattern))]
+        return max(matches, default=None)
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """The mapping that :meth:`from_json` reads back, and that a policy file holds."""
+        kinds = {"licenses": self.licenses, "owners": self.owners, "sources": self.sources}
+        return {kind: {name: tier.value for name, tier in rules} for kind, rules in kinds.items()}
+
+    @classmethod
+    def from_json(cls, record: object, *, where: str) -> Policy:
+        """Make a policy of a mapping. ``where`` names the file in errors (:class:`UsageError`)."""
+        if not isinstance(record, Mapping):
+            raise UsageError(f"{where}: a {type(record).__name__}, expected a mapping of licenses, owners, sources")
+        for kind in record:
+            if kind not in ("licenses", "owners", "sources"):
+                raise UsageError(f"{where}: unknown key {kind!r}; expected licenses, owners or sources")
+        return cls(**{str(kind): _rules(rules, where=f"{where}: {kind}") for kind, rules in record.items()})
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the policy and of the rules it amends. Two stores with one fingerprint judge alike."""
+        value = {"policy": self.to_json(), "rules": RULES}
+        return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+DEFAULT_POLICY = Policy()
+"""The tables alone."""
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy from YAML. Raises :class:`UsageError` if it is missing, not YAML, or says what no policy can."""
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; expected a policy file (YAML)") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as a YAML policy: {error}") from None
+    return Policy.from_json({} if record is None else record, where=str(path))
+
+
+def _rules(rules: object, *, where: str) -> tuple[tuple[str, Tier], ...]:
+    if not isinstance(rules, Mapping):
+        raise UsageError(f"{where}: a {type(rules).__name__}, expected a mapping from names to tiers")
+    tiers = {tier.value: tier for tier in Tier}
+    for name, tier in rules.items():
+        if not isinstance(tier, str) or tier not in tiers:
+            raise UsageError(f"{where}: {name!r} has tier {tier!r}, expected one of {', '.join(tiers)}")
+    return tuple(sorted((str(name), tiers[tier]) for name, tier in rules.items()))
+
+
+# --- SPDX expressions -------------------------------------------------------------------------------------------------
+
+_LONGEST_EXPRESSION = 4096
+"""Longer strings are licence texts, not names of licences, and are not parsed."""
+
+_PUBLIC_DOMAIN = re.compile(r"LicenseRef-PublicDomain(-[\w.-]+)?", re.IGNORECASE)
+"""SPDX has no id for "nobody owns it". Corpora spell it ``LicenseRef-PublicDomain``, some with the jurisdiction
+behind it (``-US``, ``-USGov``); ScanCode knows only the bare form."""
+
+_ATTRIBUTION = re.compile(
+    r"CC-BY-\d.*|ODC-By-.*|CDLA-Permissive-.*|O-UDA-.*|OGL-(UK|Canada)-.*|OPL-UK-.*|OGDL-Taiwan-.*|NLOD-.*"
+    r"|etalab-.*|DL-DE-BY-.*",
+    re.IGNORECASE,
+)
+"""Licences that ScanCode calls permissive and that ask for the author's name wherever the *text* is used: Creative
+Commons' CC-BY (``CC-BY-SA``, ``-NC``, ``-ND`` have other categories, and no digit after ``CC-BY-``) and the open data
+and open government licences modelled on it."""
+
+_NOT_PERMISSIVE = frozenset(
+    {
+        "CERN-OHL-1.1",  # reciprocal: modified designs are passed on under the same licence
+        "CERN-OHL-1.2",
+        "IEC-Code-Components-EULA",  # for use with the IEC's standards only
+        "JSON",  # "for Good, not Evil": a field of use, neither free (FSF) nor open (OSI)
+        "MPEG-SSG",  # for products that conform to the standard only
+        "MS-PL",  # source is passed on under the same licence (FSF: weak copyleft)
+        "OPUBL-1.0",  # its options forbid modified versions
+        "Sendmail",  # binaries only with an offer of the source
+    }
+)
+"""SPDX licences that ScanCode files under "Permissive", and whose text says otherwise."""
+
+
+def tier_of(license: str, policy: Policy = DEFAULT_POLICY) -> Tier:
+    """The tier of a licence expression: ``A OR B`` takes the better side, ``A AND B`` the worse. It never raises.
+
+    ``A WITH exception`` is as strict as ``A``. An exception only ever adds permissions, so a restricted licence stays
+    restricted; on a permissive licence it must be one that ScanCode calls permissive too, since "Apache-2.0 WITH
+    Commons-Clause" exists, and takes back what the licence gave.
+    """
+    if not isinstance(license, str) or not license.strip():
+        return Tier.RESTRICTED
+    whole = policy.license_rule(license.strip())
+    if whole is not None:
+        return whole
+    expression = _parse(license.strip())
+    return Tier.RESTRICTED if expression is None else _tier_of_expression(expression, policy)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(license: str) -> Any:
+    """The parsed expression, or None. Unknown licences inside it are kept, and restricted later."""
+    if len(license) > _LONGEST_EXPRESSION:
+        return None
+    try:
+        return _licensing().parse(license)
+    except Exception:
+        # Whatever a parser stumbles over is not a licence that we know. It raises several unrelated classes, of which
+        # ExpressionError derives from Exception alone.
+        return None
+
+
+def _tier_of_expression(expression: Any, policy: Policy) -> Tier:
+    ruled = policy.license_rule(expression.render())
+    if ruled is not None:
+        return ruled
+    if isinstance(expression, _licensing().OR):
+        return min(_tier_of_expression(part, policy) for part in expression.args)
+    if isinstance(expression, _licensing().AND):
+        return max(_tier_of_expression(part, policy) for part in expression.args)
+    if isinstance(expression, license_expression.LicenseWithExceptionSymbol):
+        base = _tier_of_expression(expression.license_symbol, policy)
+        benign = expression.exception_symbol.key in _permissive_exceptions()
+        return base if benign else Tier.RESTRICTED
+    if _PUBLIC_DOMAIN.fullmatch(expression.key):
+        return Tier.PD
+    return _tiers().get(expression.key, Tier.RESTRICTED)
+
+
+@functools.cache
+def _licensing() -> Any:
+    return license_expression.get_spdx_licensing()
+
+
+@functools.cache
+def _tiers() -> dict[str, Tier]:
+    """SPDX id → tier, for every licence that ScanCode knows (an exception is no licence)."""
+    index = license_expression.get_license_index()
+    known = ((entry["spdx_license_key"], entry) for entry in index)
+    return {key: _tier_of_category(key, entry["category"]) for key, entry in known if key and not entry["is_exception"]}
+
+
+@functools.cache
+def _permissive_exceptions() -> frozenset[str]:
+    index = license_expression.get_license_index()
+    return frozenset(
+        entry["spdx_license_key"]
+        for entry in index
+        if entry["is_exception"] and entry["category"] == "Permissive" and entry["spdx_license_key"]
+    )
+
+
+def _tier_of_category(key: str, category: str) -> Tier:
+    """From ScanCode's category to a tier.
+
+    "Permissive" alone is not enough. Of the 967 licences in that drawer 518 have no SPDX id of their own
+    (``LicenseRef-scancode-…``): firmware blobs, standards that may not be modified, the Free Art License, which is
+    copyleft. A licence is permissive here if SPDX, a second reader, has listed it too; a policy can add others. The
+    public-domain drawer was read whole, and holds dedications only.
+    """
+    if category == "Public Domain":
+        return Tier.PD
+    if category != "Permissive" or key.startswith("LicenseRef-") or key in _NOT_PERMISSIVE:
+        return Tier.RESTRICTED
+    return Tier.BY if _ATTRIBUTION.fullmatch(key) else Tier.SW
+
+
+# --- the strings of real metadata -------------------------------------------------------------------------------------
+
+_NAMES = {
+    "mit": "MIT",
+    "mit mit": "MIT",
+    "expat": "MIT",
+    "mit no attribution": "MIT-0",
+    # Every Apache licence (1.0, 1.1, 2.0) is permissive, so that the tier does not hang on the version. 2.0 (2004) is
+    # older than the package index, and its notice duties are the widest of the three.
+    "apache": "Apache-2.0",
+    "apache software": "Apache-2.0",
+    "apache 2": "Apache-2.0",
+    "apache 2.0": "Apache-2.0",
+    "apache2": "Apache-2.0",
+    "apache software 2": "Apache-2.0",
+    "apache software 2.0": "Apache-2.0",
+    # "BSD" names a family, not a licence: 0, 1, 2, 3 and 4 clauses, each of them permissive. Three clauses is what the
+    # word means to OSI and to most packages, and holds all conditions of the shorter ones. The 4th clause (advertising)
+    # went out of use in 1999, and asks for a notice, as the others do: the tier would be the same.
+    "bsd": "BSD-3-Clause",
+    "bsd style": "BSD-3-Clause",
+    "new bsd": "BSD-3-Clause",
+    "modified bsd": "BSD-3-Clause",
+    "revised bsd": "BSD-3-Clause",
+    "bsd 3 clause": "BSD-3-Clause",
+    "bsd 3 clause new or revised": "BSD-3-Clause",
+    "3 clause bsd": "BSD-3-Clause",
+    "simplified bsd": "BSD-2-Clause",
+    "bsd 2 clause": "BSD-2-Clause",
+    "2 clause bsd": "BSD-2-Clause",
+    "freebsd": "BSD-2-Clause",
+    "isc": "ISC",
+    "boost software 1.0": "BSL-1.0",
+    "zlib libpng": "Zlib",
+    "zope public": "ZPL-2.1",
+    "zpl 2.1": "ZPL-2.1",
+    "psf": "PSF-2.0",
+    "python software foundation": "PSF-2.0",
+    "historical permission notice and disclaimer": "HPND",
+    "university of illinois ncsa open source": "NCSA",
+    "universal permissive": "UPL-1.0",
+    "unlicense": "Unlicense",
+    "public domain": "LicenseRef-scancode-public-domain",
+    "cc0": "CC0-1.0",
+    "cc0 1.0": "CC0-1.0",
+    "cc0 1.0 universal": "CC0-1.0",
+    "cc0 1.0 universal public domain dedication": "CC0-1.0",
+    "cc by 3.0": "CC-BY-3.0",
+    "cc by 4.0": "CC-BY-4.0",
+    "creative commons attribution 4.0": "CC-BY-4.0",
+    "creative commons attribution 4.0 international": "CC-BY-4.0",
+    "cc by sa 4.0": "CC-BY-SA-4.0",
+    "cc by nc 4.0": "CC-BY-NC-4.0",
+    "mpl": "MPL-2.0",
+    "mpl 2.0": "MPL-2.0",
+    "mozilla public": "MPL-2.0",
+    "mozilla public 1.1": "MPL-1.1",
+    "mozilla public 2.0": "MPL-2.0",
+    "eclipse public 2.0": "EPL-2.0",
+    "european union public licence 1.2": "EUPL-1.2",
+    "gnu library or lesser general public": "LGPL-2.0-or-later",
+}
+"""Free-form names, spelled as :func:`_words` spells them. A name stands here only if it means one licence, or a family
+whose members share a tier."""
+
+_GNU = re.compile(
+    r"(?:gnu )?(?:(?P<short>[al]?gpl)|(?P<kind>affero |lesser |library )?general public)"
+    r"(?: ?(?P<number>[123])(?:\.(?P<minor>[01]))?)?(?P<later> ?\+| or (?:later|newer|greater|any later))?"
+)
+
+_GRANT = re.compile(
+    r"Permission\s+is\s+hereby\s+granted,\s+free\s+of\s+charge|Redistribution\s+and\s+use\s+in\s+source\s+and\s+binary"
+)
+"""How the texts of MIT's and BSD's licences begin."""
+
+_COPYLEFT = re.compile(
+    r"\b[AL]?GPL(?:\b|v?\d)|\bGNU\s+(?:\w+\s+){0,3}(?:General\s+Public|Free\s+Documentation)|(?-i:\bMPL\b)"
+    r"|Mozilla\s+Public\s+Licen|Eclipse\s+Public\s+Licen|Common\s+Development\s+and\s+Distribution\s+Licen"
+    r"|European\s+Union\s+Public\s+Licen|Server\s+Side\s+Public\s+Licen|Share-?\s?Alike|non-?\s?commercial"
+    r"|Commons\s+Clause|proprietary",
+    re.IGNORECASE,
+)
+"""Words that no permissive licence's text needs."""
+
+
+def normalize_license(raw: str) -> str:
+    """Read a free-form licence string as an SPDX expression, or return ``NOASSERTION``.
+
+    It takes SPDX itself, the usual names, trove classifiers, and a whole text whose first line names it, if it grants
+    what MIT and BSD grant and nothing in it speaks of copyleft. What is not in the tables is not guessed.
+    """
+    text = raw.strip()
+    expression = _parse(text) if text else None
+    if expression is not None and not _licensing().unknown_license_keys(expression):
+        return expression.render()
+    if "\n" in text:
+        plain = _GRANT.search(text) and not _COPYLEFT.search(text)
+        return normalize_license(text.partition("\n")[0]) if plain else NO_LICENSE
+    classifier = text.startswith("License ::")
+    if classifier:
+        text = re.sub(r"\([^)]*\)", " ", text.rpartition(" :: ")[2])
+    words = _words(text)
+    named = _NAMES.get(words) or _gnu(words)
+    return named or (NO_LICENSE if classifier else _several(text))
+
+
+def declared_license(expression: str, license: str, classifiers: Iterable[str]) -> str:
+    """The licence that a Python distribution declares in its three places; where they disagree, the strictest.
+
+    A classifier cannot say whether two licences are a choice or a sum, so several are a sum. A ``License`` field that
+    holds an unreadable text, rather than a name, is passed over if nothing in it speaks of copyleft; an unreadable
+    name is a contradiction, and restricted.
+    """
+    names = [normalize_license(expression)] if _stated(expression) else []
+    if _stated(license):
+        name = normalize_license(license)
+        if name != NO_LICENSE or "\n" not in license.strip() or _COPYLEFT.search(license):
+            names.append(name)
+    telling = {c for c in classifiers if c.startswith("License ::") and c != "License :: OSI Approved"}
+    names += sorted(normalize_license(classifier) for classifier in telling)
+    return max(names, key=tier_of, default=NO_LICENSE)
+
+
+def _stated(value: str) -> bool:
+    return value.strip().lower() not in ("", "unknown", "none")
+
+
+def _words(text: str) -> str:
+    """A name without what does not tell licences apart: case, punctuation, "the … License, Version …"."""
+    plain = re.sub(r"(?<=gpl)-?v(?=\d)|\bv\.?\s*(?=\d)", " ", text.lower())
+    words = re.sub(r"[^a-z0-9.+]+", " ", plain).split()
+    return " ".join(word.strip(".") for word in words if word not in ("the", "license", "licence", "version"))
+
+
+def _gnu(words: str) -> str | None:
+    match = _GNU.fullmatch(words)
+    if match is None:
+        return None
+    kinds = {"affero ": "AGPL", "lesser ": "LGPL", "library ": "LGPL", None: "GPL"}
+    name = match["short"].upper() if match["short"] else kinds[match["kind"]]
+    oldest = {"GPL": "1", "LGPL": "2", "AGPL": "3"}[name]
+    number = f"{match['number'] or oldest}.{match['minor'] or '0'}"
+    suffix = "or-later" if match["later"] or not match["number"] else "only"
+    known = f"{name}-{number}-{suffix}"
+    return known if known in _tiers() else None
+
+
+def _several(text: str) -> str:
+    """A list of names: a sum of licences, unless nothing but "or" stands between them."""
+    for separator, operator in ((r"\s*[,;/&|+]\s*|\s+and\s+", "AND"), (r"\s+or\s+", "OR")):
+        parts = re.split(separator, text, flags=re.IGNORECASE)
+        if len(parts) > 1:
+            names = [normalize_license(part) for part in parts]
+            known = all(name != NO_LICENSE for name in names)
+            return f" {operator} ".join(f"({name})" if " " in name else name for name in names) if known else NO_LICENSE
+    return NO_LICENSE
+
+
+# --- notices in files -------------------------------------------------------------------------------------------------
+
+_HEAD_CHARACTERS = 3000
+"""Notices stand at the head of a file; further down, a licence's name is more often the file's subject."""
+
+_SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*(?P<expression>[^\n]*?)[ \t]*(?:\*/|-->|[\"']{1,3}|$)")
+
+_LICENSE_VARIABLE = re.compile(r"__licen[sc]e__\s*=\s*[\"'](?P<name>[^\"'\n]+)")
+
+_NOTICE = re.compile(
+    r"GNU\s+(?:\w+\s+){0,3}(?:General\s+Public|Free\s+Documentation)\s+Licen[sc]e"
+    r"|(?:licen[sc]ed?|terms|released|distributed|available|covered)\b[^.;]{0,60}?\b(?:(?:[AL]?GPL|MPL)(?:\b|v?\d))"
+    r"|(?:Mozilla|Eclipse|European\s+Union|Server\s+Side|Common)\s+Public\s+Licen[sc]e"
+    r"|Common\s+Development\s+and\s+Distribution\s+Licen[sc]e|Business\s+Source\s+Licen[sc]e|\bCommons\s+Clause"
+    r"|\bCC[- ]BY[- ](?:NC|SA|ND)\b|Attribution-?\s?(?:Share-?\s?Alike|Non-?Commercial|No-?Deriv)"
+    r"|proprietary\s+and\s+confidential|confidential\s+and\s+proprietary"
+    r"|unauthori[sz]ed\s+(?:copying|use|reproduction|distribution)"
+    r"|for\s+(?:non-?commercial|academic|research)\s+(?:use|purposes?)\s+only",
+    re.IGNORECASE,
+)
+
+
+def notice_in(text: str) -> str | None:
+    """The line at the head of a source file that puts it under a restricted licence, if there is one.
+
+    It reads comments and docstrings within the first 3,000 characters, and ``__license__``: a package may *list*
+    licences in its code without being under them. Errors fall on the safe side: a header that merely mentions the GPL
+    drops its file. "All rights reserved" is no notice here, since the permissive BSD headers carry it too; to tell
+    those apart takes the whole header, and is left to the evidence check of the corpus audit.
+    """
+    head = text[:_HEAD_CHARACTERS]
+    lines = head.splitlines()
+    variable = next((match for line in lines if (match := _LICENSE_VARIABLE.match(line))), None)
+    if variable is not None and _names_restriction(variable["name"]):
+        return variable.string.strip()
+    header = _header_lines(lines)
+    for number, line in enumerate(header):
+        tag = _SPDX_TAG.search(line)
+        if tag is not None:
+            if not tier_of(tag["expression"]).permissive:
+                return lines[number].strip()
+            header[number] = ""
+    match = _NOTICE.search("\n".join(header))
+    if match is None:
+        return None
+    return lines[match.string.count("\n", 0, match.start())].strip()
+
+
+def _names_restriction(name: str) -> bool:
+    expression = normalize_license(name)
+    return not tier_of(expression).permissive if expression != NO_LICENSE else bool(_COPYLEFT.search(name))
+
+
+def _header_lines(lines: list[str]) -> list[str]:
+    """The lines with their comment signs taken off, and every line of code made empty.
+
+    Empty lines keep the numbering, and keep a phrase from being pieced together across code.
+    """
+    header = []
+    quote, told = "", False  # the open triple quote, and whether it opened a docstring or a string in code
+    for line in lines:
+        text = line.strip()
+        if quote:
+            header.append(text if told else "")
+            quote = "" if quote in text else quote
+            continue
+        opening = re.match(r"[rRuU]?(\"\"\"|''')", text)
+        comment = text.startswith(("#", "//", "/*", "*", "--", ";", "%", "<!--", ".. "))
+        header.append(text.lstrip("#/*-;%<!. ") if comment else text if opening else "")
+        if not comment:
+            odd = [sign for sign in ('"""', "'''") if text.count(sign) % 2]
+            quote, told = (odd[0], opening is not None) if odd else ("", False)
+    return header
