@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from silo.mixture import Mixture
 
 METHODS = ("lm", "knn", "ric")
+MODEL_ALONE = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
 
 
 @click.group("eval")
@@ -53,7 +54,11 @@ def render(value: dict[str, Any]) -> None:
 @click.option("--fit", "fit_on", type=click.Path(path_type=Path), help="JSON Lines to fit weights on; other documents.")
 @click.option("--weights", type=click.Path(path_type=Path), help="File of weights that --save-weights wrote.")
 @click.option("--save-weights", type=click.Path(path_type=Path), help="Write the fitted weights to this file.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Score at most this many tokens of each file.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Score a sample of so many tokens, one passage a document.",
+)
 @reports(render)
 def perplexity(
     model: Path,
@@ -87,10 +92,11 @@ def perplexity(
         with progress_bar("fit") as progress:
             texts = measure.sample(fitted_documents, mixture, max_tokens)
             fitted = measure.fit_combinations(measure.score(mixture, texts, progress=progress), methods)
-        source = {"fitted_on": measure.data_hash(texts)}
+        source: dict[str, Any] = {"fitted_on": measure.data_hash(texts)}
     else:
-        value = read_json(weights) if weights else {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
-        fitted, source = measure.weights_from_json(value, methods, where=str(weights)), {"fitted_on": value.get("fitted_on")}
+        value: dict[str, Any] = read_json(weights) if weights else MODEL_ALONE
+        fitted = measure.weights_from_json(value, methods, where=str(weights))
+        source = {"fitted_on": value.get("fitted_on")}
     texts = measure.sample(documents, mixture, max_tokens)
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
