@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from datastore.bm25 import BM25Searcher
 from datastore.bm25 import Block as IndexedBlock
+from datastore.bm25 import BM25Searcher
 from datastore.shard import Encoded, Shard
 from silo.retrieval import Block, SourceDocument
 

@@ -14,7 +14,8 @@ from silo.cli import reports
 if TYPE_CHECKING:
     from datastore.store import Selection
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
+PATH = click.Path(path_type=Path)
+STORE = click.argument("store", type=PATH)
 
 
 @click.group()
@@ -31,14 +32,14 @@ def render_pairs(value: dict[str, Any]) -> None:
 
 @datastore.command()
 @STORE
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model that makes the keys.")
+@click.option("--model", required=True, type=PATH, help="Directory of the model that makes the keys.")
 @click.option(
     "--control",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Permissive side of a corpus; its control split teaches centroids and codes. "
     "Without it nothing is learnt: search is exhaustive, keys are half-precision.",
 )
-@click.option("--policy", type=click.Path(path_type=Path), help="Licence policy file that judges the control corpus.")
+@click.option("--policy", type=PATH, help="Licence policy file that judges the control corpus.")
 @reports(render_pairs)
 def create(store: Path, model: Path, control: Path | None, policy: Path | None) -> dict[str, Any]:
     """Make an empty store for the keys of one model.
@@ -59,10 +60,8 @@ def create(store: Path, model: Path, control: Path | None, policy: Path | None) 
 
 @datastore.command()
 @STORE
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option(
-    "--model", required=True, type=click.Path(path_type=Path), help="Directory of the model that the store was made for."
-)
+@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.option("--model", required=True, type=PATH, help="Directory of the model that the store was made for.")
 @reports(render_pairs)
 def add(store: Path, files: tuple[Path, ...], model: Path) -> dict[str, Any]:
     """Add the documents of JSON Lines FILEs, each to its owner's shard; all of them, or none.
@@ -71,11 +70,12 @@ def add(store: Path, files: tuple[Path, ...], model: Path) -> dict[str, Any]:
     """
     from datastore.store import Store
     from silo.documents import read_documents
-    from silo.language_model import LanguageModel
     from silo.progress import progress_bar
 
     opened = Store.open(store)
     documents = [document for file in files for document in read_documents(file)]
+    from silo.language_model import LanguageModel  # takes seconds; bad input is refused before
+
     with progress_bar("add") as progress:
         receipt = opened.add(documents, LanguageModel.load(model), progress=progress)
     return change(opened.path, receipt.path, receipt.content)

@@ -9,10 +9,11 @@ Without a control corpus nothing is fitted: one list, and half-precision codes t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
@@ -20,9 +21,11 @@ import numpy as np
 from silo.corpus import Corpus
 from silo.documents import Document
 from silo.errors import LicenseError, UsageError
-from silo.files import canonical_json, read_array, read_checked, read_json, sha256, write_array, write_file, write_json
-from silo.language_model import LanguageModel
+from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
 from silo.licensing import Policy
+
+if TYPE_CHECKING:
+    from silo.language_model import LanguageModel
 
 KEYS_PER_LIST = 128
 """Fitting keys a centroid, at least: between the 39 and 256 that FAISS asks for."""
@@ -53,12 +56,6 @@ class ControlPlane:
         """``sq8`` or ``fp16``."""
         return "sq8" if len(self.ranges) else "fp16"
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 of everything in it; part of the store's canonical hash."""
-        parts = [self.codes, sha256(self.centroids.tobytes()), sha256(self.ranges.tobytes()), list(self.provenance)]
-        return sha256(canonical_json([list(self.centroids.shape), *parts]))
-
     @classmethod
     def unfitted(cls, dimension: int) -> ControlPlane:
         """The control plane that learns from nothing: exhaustive search over half-precision keys."""
@@ -72,7 +69,7 @@ class ControlPlane:
         kmeans.train(keys)
         quantizer = faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_8bit)
         quantizer.train(keys)
-        return cls(kmeans.centroids, faiss.vector_to_array(quantizer.trained), provenance)
+        return cls(np.asarray(kmeans.centroids), faiss.vector_to_array(quantizer.trained), provenance)
 
     def quantizer(self) -> faiss.ScalarQuantizer:
         """The codec between keys and codes."""
@@ -100,30 +97,25 @@ class ControlPlane:
         index.add(self.centroids)
         return index
 
-    def save(self, directory: Path) -> None:
-        """Write the files of ``control/``."""
+    def save(self, directory: Path) -> str:
+        """Write the files of ``control/`` and return the hash of ``control.json``, which lists the others."""
         rows = b"".join(canonical_json(row) for row in self.provenance)
         write_file(directory / "provenance.jsonl", rows)
-        write_json(
-            directory / "control.json",
-            {
-                "centroids": write_array(directory / "centroids.npy", self.centroids),
-                "ranges": write_array(directory / "ranges.npy", self.ranges),
-                "provenance": sha256(rows),
-                "hash": self.hash,
-            },
-        )
+        files = {"provenance.jsonl": sha256(rows)}
+        for name in ("centroids", "ranges"):
+            files[f"{name}.npy"] = write_array(directory / f"{name}.npy", getattr(self, name))
+        data = canonical_json({"codes": self.codes, "files": files})
+        write_file(directory / "control.json", data)
+        return sha256(data)
 
     @classmethod
-    def load(cls, directory: Path) -> ControlPlane:
+    def load(cls, directory: Path, expected_hash: str) -> ControlPlane:
         """Read the files of ``control/``, each checked. Raises :class:`silo.errors.IntegrityError`."""
-        import json
-
-        manifest = read_json(directory / "control.json")
-        rows = read_checked(directory / "provenance.jsonl", manifest["provenance"])
+        files = json.loads(read_checked(directory / "control.json", expected_hash))["files"]
+        rows = read_checked(directory / "provenance.jsonl", files["provenance.jsonl"])
         return cls(
-            read_array(directory / "centroids.npy", manifest["centroids"]),
-            read_array(directory / "ranges.npy", manifest["ranges"]),
+            read_array(directory / "centroids.npy", files["centroids.npy"]),
+            read_array(directory / "ranges.npy", files["ranges.npy"]),
             [json.loads(line) for line in rows.splitlines()],
         )
 

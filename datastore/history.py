@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from datastore.integrity import missing, refuse_strays
 from silo.errors import IntegrityError
 from silo.files import canonical_json, check_digest, read_checked, sha256, sha256_file, sync_directory, write_file
 
@@ -40,12 +41,18 @@ class Receipt:
 
 
 def append(log: Path, receipt: Receipt) -> None:
-    """Append a receipt to the log, unless it is there already (a crash came between commit and log)."""
+    """Append a receipt to the log, unless it is there already (a crash came between commit and log).
+
+    Raises:
+        IntegrityError: the log ends elsewhere than just before or at this change.
+    """
     lines = read(log)
-    if lines and lines[-1]["sequence"] >= receipt.content["sequence"]:
+    sequence = receipt.content["sequence"]
+    if len(lines) != sequence - 1:
+        _require_end(log, lines, sequence, receipt.digest)
         return
     entry = {
-        "sequence": receipt.content["sequence"],
+        "sequence": sequence,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "operation": receipt.content["operation"],
         "reason": receipt.content["reason"],
@@ -68,12 +75,13 @@ def read(log: Path) -> list[dict[str, Any]]:
     """
     lines = []
     previous = FIRST
-    for number, data in enumerate(log.read_bytes().splitlines() if log.exists() else [], start=1):
+    for number, data in enumerate(_lines(log), start=1):
         try:
             line = json.loads(data)
             entry = {key: value for key, value in line.items() if key != "hash"}
-            intact = line["previous"] == previous and line["hash"] == _hash(entry)
-        except (ValueError, KeyError, AttributeError):
+            chained = (line["sequence"], line["previous"], line["hash"]) == (number, previous, _hash(entry))
+            intact = chained and canonical_json(line) == data
+        except (ValueError, KeyError, AttributeError, TypeError):
             intact = False
         if not intact:
             raise IntegrityError(f"{log}:{number}: the hash chain is broken here; restore the log from a backup")
@@ -82,20 +90,28 @@ def read(log: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def verify(log: Path, receipts: Path, last_sequence: int) -> None:
-    """Check the chain and every receipt that it names, up to the store's last change."""
-    lines = read(log)
-    found = lines[-1]["sequence"] if lines else 0
-    if found != last_sequence or len(lines) != last_sequence:
+def _lines(log: Path) -> list[bytes]:
+    return log.read_bytes().splitlines(keepends=True) if log.exists() else []
+
+
+def _require_end(log: Path, lines: list[dict[str, Any]], sequence: int, receipt_sha256: str) -> None:
+    if len(lines) != sequence or (lines[-1]["receipt_sha256"] if lines else FIRST) != receipt_sha256:
         raise IntegrityError(
-            f"{log} ends with change {found} after {len(lines)} lines, the store is at change {last_sequence}; "
-            "restore the log from a backup"
+            f"{log} ends with change {len(lines)}, the store is at change {sequence} with receipt "
+            f"{receipt_sha256[:12]}…; restore the log from a backup"
         )
+
+
+def verify(log: Path, receipts: Path, last_sequence: int, last_receipt_sha256: str) -> None:
+    """Check the chain up to the store's last change, every receipt that it names, and that there are no others."""
+    lines = read(log)
+    _require_end(log, lines, last_sequence, last_receipt_sha256)
     for line in lines:
         path = receipts / line["receipt"]
         if not path.is_file():
-            raise IntegrityError(f"{path} is missing; restore it from a backup")
+            raise missing(path)
         check_digest(path, sha256_file(path), line["receipt_sha256"])
+    refuse_strays(receipts, {line["receipt"] for line in lines})
 
 
 def load(path: Path, digest: str) -> Receipt:
@@ -104,8 +120,9 @@ def load(path: Path, digest: str) -> Receipt:
 
 
 def discard_uncommitted(receipts: Path, last_sequence: int) -> None:
-    """Remove receipts of changes that were never committed."""
+    """Remove receipts of changes that were never committed, and half-written ones."""
     for path in receipts.iterdir():
-        if not path.name[:6].isdigit() or int(path.name[:6]) > last_sequence:
+        number = path.name.partition("-")[0]
+        if path.name.endswith(".tmp") or (number.isdigit() and int(number) > last_sequence):
             path.unlink()
     sync_directory(receipts)

@@ -2,11 +2,13 @@
 
 The inverted lists are laid out in memory when the store is opened, from codes and list numbers that the shards hold.
 Rows are numbered in the order (document id, position), whatever shard holds them, and stand in that order in each
-list: equal shards give an equal index, and equal distances come in the order of the rows.
+list: equal shards give an equal index, and equal distances come in the order of the rows. (Only where the k-th place
+is tied between lists, the list nearer to the query has it.)
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import faiss
@@ -16,7 +18,7 @@ from datastore.control import ControlPlane
 from datastore.shard import Encoded, Shard
 from silo.retrieval import Neighbours, SourceDocument
 
-PROBES = 32
+PROBES = 16
 """Inverted lists read a query."""
 QUERIES_PER_BATCH = 256
 
@@ -46,7 +48,9 @@ class NeighbourIndex:
         self._index.nprobe = min(probes, len(control.centroids))
         self._fill(documents)
 
-    def __len__(self) -> int:
+    @property
+    def num_keys(self) -> int:
+        """How many keys there are to be found. (Not a length: an empty index would be false.)"""
         return int(self._begins[-1])
 
     def _fill(self, documents: Sequence[Encoded]) -> None:
@@ -56,15 +60,15 @@ class NeighbourIndex:
         lists = _concatenate([encoded.lists for encoded in documents])
         codes = np.concatenate([encoded.codes for encoded in documents])
         order = np.argsort(lists, kind="stable").astype(np.int64)
-        bounds = np.searchsorted(lists[order], np.arange(self._index.nlist + 1))
-        for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        bounds = np.searchsorted(lists[order], np.arange(self._index.nlist + 1)).tolist()
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if end > begin:
                 rows = order[begin:end]
                 of_list = np.ascontiguousarray(codes[rows])
-                self._index.invlists.add_entries(
+                self._index.invlists.add_entries(  # type: ignore[union-attr]
                     number, end - begin, faiss.swig_ptr(rows), faiss.swig_ptr(of_list)
                 )
-        self._index.ntotal = len(self)
+        self._index.ntotal = self.num_keys
 
     def search(self, keys: np.ndarray, k: int) -> Neighbours:
         """The ``k`` nearest of the rows in the probed lists, for (n, dimension) float32 queries."""
@@ -81,7 +85,7 @@ class NeighbourIndex:
         return self._describe(distances, rows)
 
     def _describe(self, distances: np.ndarray, rows: np.ndarray) -> Neighbours:
-        if not len(self):
+        if not self.num_keys:
             nothing = np.zeros_like(rows)
             return Neighbours(distances, nothing, nothing - 1, nothing)
         found = rows >= 0

@@ -21,17 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from silo.documents import Document
-from silo.errors import IntegrityError
-from silo.files import (
-    canonical_json,
-    check_digest,
-    read_array,
-    read_checked,
-    sha256,
-    sha256_file,
-    write_array,
-    write_file,
-)
+from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
 
 ARRAYS = ("tokens", "lists", "codes")
 
@@ -143,20 +133,3 @@ def read_rows(directory: Path, manifest: dict) -> list[DocumentRow]:
     """Read and check the rows of a shard whose manifest is known."""
     data = read_checked(directory / "documents.jsonl", manifest["files"]["documents.jsonl"])
     return [DocumentRow(**json.loads(line)) for line in data.splitlines()]
-
-
-def verify(directory: Path, expected_hash: str) -> None:
-    """Check every file of a shard without keeping any in memory."""
-    manifest = read_manifest(directory, expected_hash)
-    verify_files(directory, {"shard.json": expected_hash, **manifest["files"]})
-
-
-def verify_files(directory: Path, files: dict[str, str]) -> None:
-    """Check that a directory holds these files, with these checksums, and nothing else."""
-    for name, digest in files.items():
-        if not (directory / name).is_file():
-            raise IntegrityError(f"{directory / name} is missing; restore it from a backup")
-        check_digest(directory / name, sha256_file(directory / name), digest)
-    for path in directory.iterdir():
-        if path.name not in files:
-            raise IntegrityError(f"{path} does not belong to the store; remove it")

@@ -18,108 +18,46 @@ import contextlib
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from datastore import history
 from datastore import shard as shards_on_disk
-from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS, BlockIndex, cut_blocks
+from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS, BlockIndex
 from datastore.control import ControlPlane, describe
+from datastore.groups import build_group, regroup, verify_group
 from datastore.history import Receipt
+from datastore.integrity import refuse_strays, verify_directory
 from datastore.knn import NeighbourIndex
+from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
 from datastore.shard import DocumentRow, Encoded, Shard
 from silo.documents import Document
 from silo.errors import DataError, StoreError, UsageError
 from silo.files import (
     canonical_json,
-    check_digest,
     exclusive_lock,
     read_checked,
-    read_json,
     remove_tree,
     sha256,
-    sha256_file,
     sync_directory,
     write_file,
 )
-from silo.language_model import LanguageModel
 
-FORMAT = 1
-GROUP_TOKENS = 4_000_000
-"""Shards share a search structure up to this many tokens, which bounds what a removal must rewrite."""
+if TYPE_CHECKING:
+    from silo.language_model import LanguageModel
+
+PARTS = {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl", ".lock"}
+"""All that a store's directory may hold."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) while something long goes on."""
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """A live shard: its directory's name under ``shards``, its hash, and its tokens."""
-
-    directory: str
-    hash: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """A live search structure: the shards that it serves, its directory under ``search``, and its files' checksums."""
-
-    shards: list[str]
-    directory: str
-    files: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of ``store.json``."""
-
-    model: dict[str, Any]
-    control: str
-    tokenizer: str
-    shards: dict[str, ShardEntry] = field(default_factory=dict)
-    groups: list[Group] = field(default_factory=list)
-    sequence: int = 0
-    receipt: str = ""
-    """File name of the last change's receipt."""
-    receipt_sha256: str = history.FIRST
-    format: int = FORMAT
-
-    @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Read ``store.json``; its own seal is checked.
-
-        Raises:
-            UsageError: there is no store, or one of another format.
-            IntegrityError: the file was changed.
-        """
-        if not path.is_file():
-            raise UsageError(f"{path.parent} is not a store; make one with `silo datastore create`")
-        content = read_json(path)
-        seal = content.pop("seal", "") if isinstance(content, dict) else ""
-        check_digest(path, sha256(canonical_json(content)), seal)
-        if content["format"] != FORMAT:
-            raise UsageError(f"{path} has format {content['format']}; this version reads format {FORMAT}")
-        content["shards"] = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
-        content["groups"] = [Group(**group) for group in content["groups"]]
-        return cls(**content)
-
-    def write(self, path: Path) -> None:
-        """Commit."""
-        content = asdict(self)
-        write_file(path, canonical_json({**content, "seal": sha256(canonical_json(content))}))
-
-    @property
-    def canonical_hash(self) -> str:
-        """Hash of what the store answers from: model, control plane and shards, in no order and with no history."""
-        live = {name: entry.hash for name, entry in self.shards.items()}
-        return sha256(canonical_json([self.format, self.model, self.control, self.tokenizer, live]))
 
 
 @dataclass(frozen=True)
@@ -134,10 +72,7 @@ class Selection:
     def holds(self, shard: str, row: DocumentRow) -> bool:
         """Whether a document is among them."""
         return (
-            row.id in self.documents
-            or row.owner in self.owners
-            or row.source in self.sources
-            or shard in self.shards
+            row.id in self.documents or row.owner in self.owners or row.source in self.sources or shard in self.shards
         )
 
     def require_known(self, rows: dict[str, list[DocumentRow]]) -> None:
@@ -166,22 +101,27 @@ class Store:
         self.manifest = manifest
 
     @classmethod
-    def create(cls, path: Path, model: LanguageModel, tokenizer_file: Path, control: ControlPlane | None = None) -> Store:
+    def create(
+        cls, path: Path, model: LanguageModel, tokenizer_file: Path, control: ControlPlane | None = None
+    ) -> Store:
         """Make an empty store for the keys of one model. Raises :class:`UsageError` if something is there already."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path} is not empty; choose another directory")
         control = control or ControlPlane.unfitted(model.key_spec.dimension)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as staging:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
+        ) as staging:
             root = Path(staging) / "store"
             for directory in (root, *(root / name for name in ("control", "shards", "search", "receipts"))):
                 directory.mkdir()
-            control.save(root / "control")
+            control_hash = control.save(root / "control")
             tokenizer = tokenizer_file.read_bytes()
             write_file(root / "tokenizer.json", tokenizer)
             search = {"block_tokens": BLOCK_TOKENS, "block_stride": BLOCK_STRIDE}
-            Manifest({**model.describe(), "search": search}, control.hash, sha256(tokenizer)).write(root / "store.json")
+            Manifest({**model.describe(), "search": search}, control_hash, sha256(tokenizer)).write(root / "store.json")
             root.rename(path)
+            sync_directory(path.parent)
         return cls.open(path)
 
     @classmethod
@@ -197,9 +137,7 @@ class Store:
     @cached_property
     def control(self) -> ControlPlane:
         """The control plane."""
-        control = ControlPlane.load(self.path / "control")
-        check_digest(self.path / "control", control.hash, self.manifest.control)
-        return control
+        return ControlPlane.load(self.path / "control", self.manifest.control)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -209,7 +147,18 @@ class Store:
     def shard(self, name: str) -> Shard:
         """Read one live shard, every byte checked."""
         entry = self.manifest.shards[name]
-        return Shard.read(self.path / "shards" / entry.directory, entry.hash)
+        with self._as_opened():
+            return Shard.read(self.path / "shards" / entry.directory, entry.hash)
+
+    @contextlib.contextmanager
+    def _as_opened(self) -> Iterator[None]:
+        """Say so if what is being read is missing because another process changed the store since it was opened."""
+        try:
+            yield
+        except (OSError, StoreError) as error:
+            if Manifest.read(self.path / "store.json").sequence != self.manifest.sequence:
+                raise StoreError(f"{self.path} was changed since it was opened; open it again") from error
+            raise
 
     @cached_property
     def _shards(self) -> list[Shard]:
@@ -220,7 +169,8 @@ class Store:
         found = {}
         for name, entry in sorted(self.manifest.shards.items()):
             directory = self.path / "shards" / entry.directory
-            found[name] = shards_on_disk.read_rows(directory, shards_on_disk.read_manifest(directory, entry.hash))
+            with self._as_opened():
+                found[name] = shards_on_disk.read_rows(directory, shards_on_disk.read_manifest(directory, entry.hash))
         return found
 
     def neighbours(self) -> NeighbourIndex:
@@ -229,9 +179,11 @@ class Store:
 
     def blocks(self) -> BlockIndex:
         """The BM25 index over all live shards; starts a JVM."""
-        for group in self.manifest.groups:
-            self._verify_group(group)
-        return BlockIndex([self.path / "search" / group.directory for group in self.manifest.groups], self._shards)
+        with self._as_opened():
+            for group in self.manifest.groups:
+                self._verify_group(group)
+            directories = [self.path / "search" / group.directory for group in self.manifest.groups]
+            return BlockIndex(directories, self._shards)
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreError` unless the store's keys are those of this model."""
@@ -246,30 +198,40 @@ class Store:
         """Encode documents and add each to its owner's shard; all are added, or none.
 
         Raises:
+            UsageError: there are no documents.
             StoreError: the store is of another model, or another process is writing.
-            DataError: a document is in the store already, or has neither owner nor source.
+            DataError: a document is in the store already, comes twice, or has neither owner nor source.
         """
+        if not documents:
+            raise UsageError("nothing to add; give at least one document")
         self.require_model(model)
         with self._writing():
-            present = {row.id: name for name, rows in self.rows().items() for row in rows}
-            for document in documents:
-                if document.id in present:
-                    raise DataError(
-                        f"document {document.id!r} is in shard {present[document.id]!r} already; remove it first"
-                    )
-                if not shard_name(document):
-                    raise DataError(f"document {document.id!r} has neither owner nor source; name who may remove it")
+            self._require_addable(documents)
             added: dict[str, list[Encoded]] = {}
             for done, document in enumerate(documents, start=1):
                 added.setdefault(shard_name(document), []).append(self.encode(document, model))
                 if progress:
                     progress(done, len(documents))
-            changed = {
+            changed: dict[str, Shard | None] = {
                 name: Shard.build(encoded + (self.shard(name).documents() if name in self.manifest.shards else []))
                 for name, encoded in added.items()
             }
             rows = [(name, encoded.document) for name, of_shard in added.items() for encoded in of_shard]
             return self._commit(changed, "add", rows, request={}, reason="")
+
+    def _require_addable(self, documents: Sequence[Document]) -> None:
+        present = {row.id: name for name, rows in self.rows().items() for row in rows}
+        new: set[str] = set()
+        for document in documents:
+            if document.id in present:
+                raise DataError(
+                    f"document {document.id!r} is in shard {present[document.id]!r} already; remove it first"
+                )
+            if document.id in new:
+                raise DataError(f"document {document.id!r} comes twice; ids are unique, also between files")
+            if not shard_name(document):
+                raise DataError(f"document {document.id!r} has neither owner nor source; name who may remove it")
+            new.add(document.id)
 
     def encode(self, document: Document, model: LanguageModel) -> Encoded:
         """A document as a shard holds it."""
@@ -294,25 +256,41 @@ class Store:
         """
         with self._writing():
             going = self.affected(selection)
+            leaving: Counter[str] = Counter()
+            for name, row in going:
+                leaving[name] += row.end - row.begin
             changed: dict[str, Shard | None] = {}
-            for name in sorted({name for name, _ in going}):
-                staying = [e for e in self.shard(name).documents() if not selection.holds(name, e.document)]
-                changed[name] = Shard.build(staying) if staying else None
+            for name, tokens in leaving.items():
+                if tokens == self.manifest.shards[name].tokens:
+                    changed[name] = None
+                else:
+                    documents = self.shard(name).documents()
+                    changed[name] = Shard.build(e for e in documents if not selection.holds(name, e.document))
             request = {kind: sorted(names) for kind, names in asdict(selection).items() if names}
             return self._commit(changed, "remove", going, request=request, reason=reason)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Be the one writer, on the store as it is now; finish first what a killed writer left."""
+        """Be the one writer, on the store as it is now; finish first what a killed writer left.
+
+        A change that fails is undone. One that fails after its commit stands, and the error says so.
+        """
         with exclusive_lock(self.path / ".lock"):
             self._reload()
             self._collect()
+            before = self.manifest.sequence
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
                 self._reload()
-                self._collect()
-                raise
+                if self.manifest.sequence == before:
+                    with contextlib.suppress(OSError):  # the next writer collects
+                        self._collect()
+                    raise
+                raise StoreError(
+                    f"{self.path}: change {self.manifest.sequence} is committed, but what it replaced may still be on "
+                    f"disk ({error}); finish it with `silo datastore verify`"
+                ) from error
 
     def _reload(self) -> None:
         """See the store as it is on disk now."""
@@ -334,7 +312,13 @@ class Store:
             entries.pop(name, None)
             if shard is not None:
                 entries[name] = self._write_shard(name, shard)
-        groups = self._regroup(entries, set(changed))
+        untouched = {
+            tuple(group.shards): group for group in self.manifest.groups if not changed.keys() & set(group.shards)
+        }
+        groups = [
+            untouched.get(tuple(names)) or self._write_group(names, entries)
+            for names in regroup(self.manifest.groups, entries, set(changed))
+        ]
         manifest = replace(self.manifest, shards=entries, groups=groups, sequence=self.manifest.sequence + 1)
         receipt = Receipt.write(
             self.path / "receipts",
@@ -364,40 +348,14 @@ class Store:
             self._publish(directory, self.path / "shards" / final)
         return ShardEntry(final, digest, len(shard.tokens))
 
-    def _regroup(self, entries: dict[str, ShardEntry], changed: set[str]) -> list[Group]:
-        """Keep groups that no change touches; rewrite the others without what went; give new shards a group."""
-        groups, free = [], []
-        homeless = sorted(changed & set(entries))
-        for group in self.manifest.groups:
-            if not changed & set(group.shards):
-                groups.append(group)
-                free.append(group.shards)
-                continue
-            staying = [name for name in group.shards if name in entries]
-            homeless = [name for name in homeless if name not in staying]
-            free.append(staying)
-        for name in homeless:
-            for shards in free:
-                if sum(entries[other].tokens for other in shards) + entries[name].tokens <= GROUP_TOKENS:
-                    break
-            else:
-                free.append(shards := [])
-            shards.append(name)
-        kept = {tuple(group.shards): group for group in groups}
-        wanted = [sorted(shards) for shards in free if shards]
-        return [kept.get(tuple(shards)) or self._write_group(shards, entries) for shards in wanted]
-
-    def _write_group(self, shards: list[str], entries: dict[str, ShardEntry]) -> Group:
-        from datastore.bm25 import build_index
-
-        read = (Shard.read(self.path / "shards" / entries[name].directory, entries[name].hash) for name in shards)
+    def _write_group(self, names: list[str], entries: dict[str, ShardEntry]) -> Group:
+        shards = [entries[name] for name in names]
         with self._staging("search") as directory:
-            build_index(directory, cut_blocks(read, self.tokenizer))
-            files = {file.name: sha256_file(file) for file in sorted(directory.iterdir())}
-            # Lucene's files hold random ids: the name comes from the shards, and the checksums tell the files.
-            final = sha256(canonical_json([entries[name].hash for name in shards]))[:16] + f"-{self.manifest.sequence + 1}"
+            build_group(directory, self.path / "shards", shards, self.tokenizer)
+            content = sha256(canonical_json([entry.hash for entry in shards]))[:16]
+            final = f"{content}-{self.manifest.sequence + 1}"
             self._publish(directory, self.path / "search" / final)
-        return Group(shards, final, files)
+        return Group(names, final)
 
     @contextlib.contextmanager
     def _staging(self, kind: str) -> Iterator[Path]:
@@ -421,10 +379,10 @@ class Store:
         }
         collected = []
         for kind, names in live.items():
-            for directory in sorted((self.path / kind).iterdir()):
-                if directory.name not in names:
-                    remove_tree(directory)
-                    collected.append(f"{kind}/{directory.name}")
+            for orphan in sorted((self.path / kind).iterdir()):
+                if orphan.name not in names:
+                    remove_tree(orphan) if orphan.is_dir() and not orphan.is_symlink() else orphan.unlink()
+                    collected.append(f"{kind}/{orphan.name}")
         history.discard_uncommitted(self.path / "receipts", self.manifest.sequence)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
@@ -434,7 +392,7 @@ class Store:
         return collected
 
     def _verify_group(self, group: Group) -> None:
-        shards_on_disk.verify_files(self.path / "search" / group.directory, group.files)
+        verify_group(self.path / "search" / group.directory, [self.manifest.shards[name] for name in group.shards])
 
     def verify(self) -> dict[str, Any]:
         """Check every byte of the store: seal, checksums, log chain, receipts, and that no stray file is left.
@@ -447,14 +405,16 @@ class Store:
         with exclusive_lock(self.path / ".lock"):
             self._reload()
             collected = self._collect()
+            refuse_strays(self.path, PARTS)
+            read_checked(self.path / "tokenizer.json", self.manifest.tokenizer)
+            verify_directory(self.path / "control", "control.json", self.manifest.control)
             for entry in self.manifest.shards.values():
-                shards_on_disk.verify(self.path / "shards" / entry.directory, entry.hash)
+                verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
             for group in self.manifest.groups:
                 self._verify_group(group)
-            self.__dict__.pop("control", None)
-            control = self.control
-            check_digest(self.path / "tokenizer.json", sha256_file(self.path / "tokenizer.json"), self.manifest.tokenizer)
-            history.verify(self.path / "log.jsonl", self.path / "receipts", self.manifest.sequence)
+            history.verify(
+                self.path / "log.jsonl", self.path / "receipts", self.manifest.sequence, self.manifest.receipt_sha256
+            )
         return {
             "store": str(self.path),
             "verified": True,
@@ -462,7 +422,7 @@ class Store:
             "shards": len(self.manifest.shards),
             "groups": len(self.manifest.groups),
             "changes": self.manifest.sequence,
-            "control": describe(control),
+            "control": describe(self.control),
             "collected": collected,
         }
 

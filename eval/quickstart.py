@@ -123,10 +123,9 @@ def quickstart(out: Path, downloads: Path | None, seed: int) -> dict[str, Any]:
     model = LanguageModel.load(run.model)
     with run.step("index", "4/7  building the store of the restricted side"):
         plane = fit_control_plane(model, run.corpus / "permissive", DEFAULT_POLICY, read_trained_on(run.model))
-        store = build_store(
-            run, model, run.store, list(read_documents(run.corpus / "restricted" / "train.jsonl")), plane
-        )
-    report = {
+        documents = list(read_documents(run.corpus / "restricted" / "train.jsonl"))
+        store = build_store(run, model, run.store, documents, plane)
+    report: dict[str, Any] = {
         "version": version("silo-lm"),
         "seed": seed,
         "audit": summarize_audit(run),
@@ -139,9 +138,7 @@ def quickstart(out: Path, downloads: Path | None, seed: int) -> dict[str, Any]:
     complete = {**report, "times": times, "peak_memory_bytes": peak_memory_bytes()}
     write_report(complete, out / "report.html")
     if not report["removal"]["equal"]:
-        raise SiloError(
-            f"after the removal the answers differ from a store that never held it; see {out / 'report.json'}"
-        )
+        raise SiloError(f"the answers differ from those of a store that never held the owner; see {out}/report.json")
     return complete
 
 

@@ -28,7 +28,23 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported only when one of them is called."""
+    """A group whose commands are imported only when one of them is called, and whose errors are one line each."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run, and leave with the exit status; wrong use says in one line what is wrong and where help is."""
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else self.name
+            fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", error.exit_code)
+        except click.ClickException as error:
+            fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            fail("interrupted", 1)
+        sys.exit(status if isinstance(status, int) else 0)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of a user's work."""
@@ -47,7 +63,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("silo", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="silo-lm")
 def main() -> None:
     """A language model whose legal risk lives in files that can be deleted.

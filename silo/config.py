@@ -26,6 +26,8 @@ def load_config(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         values = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; expected a YAML file") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a directory; expected a YAML file") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -45,7 +47,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"{override!r}: {parent!r} is not a group of settings")
-    values[last] = yaml.safe_load(value)
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override!r} is not an override: its value is not valid YAML ({error})") from None
 
 
 def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
@@ -59,10 +64,11 @@ def build(cls: type[T], values: dict[str, Any], *, where: str) -> T:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UsageError(f"{where}: setting {name!r} is missing")
-    return cls(**{name: _convert(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+    return cls(**{name: convert(value, hints[name], f"{where}: {name}") for name, value in values.items()})
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """One setting as the type that it is declared to have. ``where`` names it in a :class:`UsageError`."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UsageError(f"{where} is {value!r}; expected a group of settings")

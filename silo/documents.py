@@ -83,11 +83,14 @@ def read_documents(path: Path) -> Iterator[Document]:
 def parse_document(line: bytes, *, where: str) -> Document:
     """Make a document of one JSON line. ``where`` names the line in errors (:class:`DataError`)."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        text = line.decode("utf-8-sig")  # json would take UTF-16 and lone surrogates as well.
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); expected one object a line") from None
-    if "\\ud" in line.decode(errors="replace").lower() and _has_surrogate(record):
-        raise DataError(f"{where}: an unpaired surrogate (\\ud800 to \\udfff) is no Unicode text; mend or drop the line")
+    if "\\ud" in text.lower() and _has_surrogate(record):
+        raise DataError(
+            f"{where}: an unpaired surrogate (\\ud800 to \\udfff) is no Unicode text; mend or drop the line"
+        )
     if not isinstance(record, dict):
         raise DataError(f"{where}: a {type(record).__name__}, expected an object with 'id' and 'text'")
     return document_from_record(record, where=where)

@@ -3,6 +3,7 @@ keys out."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from silo.files import canonical_json, sha256, sha256_file
 from silo.windows import Window, windows
 
 WINDOWS_PER_BATCH = 8
-FINGERPRINTED = ("config.json", "tokenizer.json")
+MAX_CONTEXT = 1024
+"""Inputs a window at most, in tokens, however many a model could read."""
+REQUIRED = ("config.json", "tokenizer.json")
+FINGERPRINTED = (*REQUIRED, "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 TRAINED_ON = "trained_on.jsonl"
 """Beside our weights: one row for each document that taught them, with licence and hash, without text."""
 
@@ -53,7 +57,7 @@ class LanguageModel:
             raise UsageError("the model's tokenizer has neither a start nor an end token; one is needed to begin with")
         self.start_token: int = start
         config = model.config
-        context = min(config.max_position_embeddings, 1024)
+        context = min(getattr(config, "max_position_embeddings", None) or MAX_CONTEXT, MAX_CONTEXT)
         layer = "last_ffn_input" if isinstance(config, silo.modeling.SiloConfig) else "last_hidden_state"
         self.key_spec = KeySpec(layer, config.hidden_size, context, context * 3 // 4)
 
@@ -62,14 +66,28 @@ class LanguageModel:
         """Load a directory of ours or of any Hugging Face causal model.
 
         Raises:
-            UsageError: the directory holds no model.
+            UsageError: the directory holds no model, or only a part of one.
         """
-        for name in ("config.json", "tokenizer.json"):
+        for name in REQUIRED:
             if not (path / name).is_file():
                 raise UsageError(f"{path} is not a model directory: {name} is missing; train one with `silo train`")
-        transformers.utils.logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(path), fingerprint(path))
+        try:
+            with quiet_transformers():
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+                tokenizer = AutoTokenizer.from_pretrained(path)
+        except UsageError:
+            raise
+        except Exception as error:  # Each architecture and file format fails in its own way.
+            raise UsageError(f"{path} cannot be loaded as a causal language model: {error}") from None
+        unfit = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+        if unfit:  # transformers has filled them with random numbers.
+            raise UsageError(
+                f"{path} has no weights, or such of another shape than its config.json says, for {len(unfit)} parameters "
+                f"of the model: {', '.join(unfit[:3])}; restore the directory or train the model again"
+            )
+        return cls(model, tokenizer, fingerprint(path))
 
     @property
     def vocab_size(self) -> int:
@@ -114,16 +132,32 @@ class LanguageModel:
             yield _kept(keys, batch).numpy(), _kept(scores, batch) if logits else scores
 
     def _forward(self, batch: torch.Tensor, *, logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        keep = 0 if logits else 1
         if self.key_spec.layer == "last_ffn_input":
-            out = self.model(batch, output_keys=True, logits_to_keep=keep, use_cache=False)
-            return out.keys.float(), out.logits
-        out = self.model(batch, output_hidden_states=True, logits_to_keep=keep, use_cache=False)
+            if not logits:
+                return self.model.retrieval_keys(batch).float(), batch.new_empty(0)
+            out = self.model(batch, output_keys=True, use_cache=False)
+            return out.retrieval_keys.float(), out.logits
+        out = self.model(batch, output_hidden_states=True, logits_to_keep=0 if logits else 1, use_cache=False)
         return out.hidden_states[-1].float(), out.logits
 
     def describe(self) -> dict[str, object]:
         """What a store remembers of the model that made its keys."""
         return {"fingerprint": self.fingerprint, "key_spec": asdict(self.key_spec)}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and reports from stderr: what matters of them becomes an error of ours."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _kept(tensor: torch.Tensor, batch: list[Window]) -> torch.Tensor:
@@ -133,5 +167,5 @@ def _kept(tensor: torch.Tensor, batch: list[Window]) -> torch.Tensor:
 
 def fingerprint(path: Path) -> str:
     """One hash for weights, configuration and tokenizer of a model directory."""
-    files = [path / name for name in FINGERPRINTED] + sorted(path.glob("*.safetensors")) + sorted(path.glob("*.gguf"))
+    files = [file for pattern in FINGERPRINTED for file in sorted(path.glob(pattern))]
     return sha256(canonical_json({file.name: sha256_file(file) for file in files}))

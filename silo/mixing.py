@@ -68,16 +68,19 @@ def fit_weights(parts: Sequence[torch.Tensor], *, tolerance: float = 1e-7, max_i
         One weight a method, summing to 1.
     """
     probability = torch.stack([part.double() for part in parts])
+    probability = probability[:, probability.sum(dim=0) > 1e-300]  # What no method explains tells nothing of weights.
     weights = torch.full((len(parts),), 1.0 / len(parts), dtype=torch.float64)
-    for _ in range(max_iterations):
+    for _ in range(max_iterations if probability.shape[1] else 0):
         joint = weights.unsqueeze(1) * probability
-        new = (joint / joint.sum(dim=0).clamp_min(1e-300)).mean(dim=1)
+        new = (joint / joint.sum(dim=0)).mean(dim=1)
+        new /= new.sum()
         moved = (new - weights).abs().max().item()
-        weights = new / new.sum()
+        weights = new
         if moved < tolerance:
             break
-    head = [round(value, 6) for value in weights[1:].tolist()]
-    return [1.0 - sum(head), *head]
+    # The climb towards a corner of the simplex never quite arrives, so the corners stand for election too.
+    candidates = [weights, *torch.eye(len(parts), dtype=torch.float64)]
+    return max(candidates, key=lambda weights: (weights @ probability).log().sum().item()).tolist()
 
 
 def perplexity(log_probabilities: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ NEIGHBOURS = 256
 """k of kNN-LM."""
 QUERY_TOKENS = 64
 """A block is looked up by this many tokens before the position."""
-RIC_STRIDE = 32
+RIC_STRIDE = 64
 """Positions that share one block (In-Context RALM's retrieval stride, Ram 2023, has 4 with a larger model)."""
 
 
@@ -108,7 +108,10 @@ class Mixture:
         for keys, lm in self.model.score(tokens):
             end = begin + len(lm)
             neighbours = self.neighbours.search(keys, NEIGHBOURS) if self.neighbours else None
-            ric, blocks = self._read_with_blocks(tokens, begin, lm) if self.blocks else (None, [None] * len(lm))
+            ric: torch.Tensor | None = None
+            blocks: list[Block | None] = [None] * len(lm)
+            if self.blocks:
+                ric, blocks = self._read_with_blocks(tokens, begin, lm)
             yield Parts(begin, end, lm, neighbours, ric, blocks)
             begin = end
 
@@ -116,8 +119,10 @@ class Mixture:
         self, tokens: np.ndarray, begin: int, lm: torch.Tensor
     ) -> tuple[torch.Tensor, list[Block | None]]:
         """Retrieve in context: look up a block every :data:`RIC_STRIDE` positions and read on with it in front."""
-        starts = range(begin, begin + len(lm), RIC_STRIDE)
-        segments = [(start, min(start + RIC_STRIDE, begin + len(lm))) for start in starts]
+        context = self.model.key_spec.context
+        stride = min(RIC_STRIDE, context - context // 2)  # A short context has no room for more beside a block.
+        starts = range(begin, begin + len(lm), stride)
+        segments = [(start, min(start + stride, begin + len(lm))) for start in starts]
         found = self.blocks.search([self._query(tokens, start) for start, _ in segments])  # type: ignore[union-attr]
         ric = lm.clone()
         batches: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = defaultdict(list)
@@ -133,12 +138,14 @@ class Mixture:
         return ric, [block for (start, end), block in zip(segments, found, strict=True) for _ in range(start, end)]
 
     def _query(self, tokens: np.ndarray, start: int) -> str:
-        return self.model.tokenizer.decode(tokens[max(0, start - QUERY_TOKENS) : start].tolist())
+        return str(self.model.tokenizer.decode(tokens[max(0, start - QUERY_TOKENS) : start].tolist()))
 
     def _with_block(self, inputs: torch.Tensor, block: Block, end: int) -> torch.Tensor:
         """Start token, block (at most half of the model's context), then as much of the text as there is room for."""
         context = self.model.key_spec.context
-        head = torch.cat([torch.tensor([self.model.start_token]), torch.from_numpy(block.tokens[: context // 2 - 1])])
+        head = torch.cat(
+            [torch.tensor([self.model.start_token]), torch.from_numpy(block.tokens[: max(0, context // 2 - 1)])]
+        )
         return torch.cat([head, inputs[max(0, end - context + len(head)) : end]])
 
     def attribute(self, parts: Parts, index: int, token: int, weights: Weights) -> list[Share]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,6 +29,16 @@ from transformers.utils import ModelOutput
 from silo.errors import UsageError
 
 FFN_KINDS = ("dense", "moe")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "num_experts",
+    "max_position_embeddings",
+)
 
 
 class SiloConfig(PreTrainedConfig):
@@ -62,6 +73,10 @@ class SiloConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}; expected a whole number, at least 1")
         kinds = self.ffn if isinstance(self.ffn, list) else [self.ffn] * self.num_hidden_layers
         if len(kinds) != self.num_hidden_layers or not set(kinds) <= set(FFN_KINDS):
             raise UsageError(
@@ -72,6 +87,11 @@ class SiloConfig(PreTrainedConfig):
             raise UsageError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}, "
                 f"and that a multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UsageError(
+                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} makes heads of width "
+                f"{self.head_dim}; expected an even width, since rotary positions turn pairs of features"
             )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(
@@ -91,13 +111,13 @@ class SiloConfig(PreTrainedConfig):
 
 @dataclass
 class SiloOutput(ModelOutput):
-    """What a forward pass gives; ``keys`` has shape (batch, time, hidden) and ``router_logits`` one entry a moe layer,
-    each (batch · time, experts)."""
+    """What a forward pass gives; ``retrieval_keys`` has shape (batch, time, hidden) and ``router_logits`` one entry a
+    moe layer, each (batch · time, experts)."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    keys: torch.Tensor | None = None
+    retrieval_keys: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
 
@@ -139,7 +159,8 @@ class Attention(nn.Module):
         value = self.v_proj(x).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        # The interface has no entry for "eager"; torch's own attention computes the same with the mask made for it.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
         out, _ = attend(self, query, key, value, attention_mask, scaling=self.config.head_dim**-0.5, dropout=0.0)
         return self.o_proj(out.reshape(batch, time, -1))
 
@@ -214,10 +235,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         rotation: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
+        key_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Give the layer's output, its feed-forward input (the datastore's key) and its router's logits if any."""
+        """Give the layer's output, its feed-forward input (the datastore's key) and its router's logits if any.
+
+        With ``key_only`` the feed-forward part is left out, and the output is of no use.
+        """
         x = x + self.self_attn(self.input_layernorm(x), rotation, attention_mask, past_key_values)
         key = self.post_attention_layernorm(x)
+        if key_only:
+            return x, key, None
         out, router_logits = self.mlp(key)
         return x + out, key, router_logits
 
@@ -228,7 +255,7 @@ class SiloPreTrainedModel(PreTrainedModel):
     config_class = SiloConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer",)
+    _no_split_modules = {"DecoderLayer"}  # noqa: RUF012 (transformers declares it so)
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -253,16 +280,17 @@ class SiloModel(SiloPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        keys_only: bool = False,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], Cache | None]:
         """Give (hidden states, keys of the last layer, router logits, cache); states and keys are (batch, time,
-        hidden)."""
+        hidden). With ``keys_only`` the last feed-forward layer is left out, and only the keys are of use."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -278,8 +306,8 @@ class SiloModel(SiloPreTrainedModel):
         )
         rotation = self.rotation(position_ids, x.dtype)
         key, router_logits = x, []
-        for layer in self.layers:
-            x, key, logits = layer(x, rotation, mask, past_key_values)
+        for number, layer in enumerate(self.layers, start=1):
+            x, key, logits = layer(x, rotation, mask, past_key_values, keys_only and number == len(self.layers))
             if logits is not None:
                 router_logits.append(logits)
         return self.norm(x), key, tuple(router_logits), past_key_values
@@ -306,12 +334,12 @@ class SiloForCausalLM(SiloPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_keys: bool = False,
@@ -323,7 +351,7 @@ class SiloForCausalLM(SiloPreTrainedModel, GenerationMixin):
             input_ids: (batch, time).
             labels: (batch, time), shifted inside; -100 is left out of the loss.
             logits_to_keep: compute logits for this many last positions only; 0 for all.
-            output_keys: also return the datastore's keys, (batch, time, hidden).
+            output_keys: also return the datastore's keys as ``retrieval_keys``, (batch, time, hidden).
             attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in transformers.
 
         Returns:
@@ -348,10 +376,15 @@ class SiloForCausalLM(SiloPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cache,
-            keys=keys if output_keys else None,
+            retrieval_keys=keys if output_keys else None,
             aux_loss=aux_loss,
             router_logits=router_logits or None,
         )
+
+    def retrieval_keys(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The datastore's keys (batch, time, hidden), bit for bit those of :meth:`forward`, without the last
+        feed-forward layer and the head, which only predictions need."""
+        return self.model(input_ids, keys_only=True)[1]
 
 
 def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], experts_per_token: int) -> torch.Tensor:

@@ -254,13 +254,22 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _published(name: str, downloads: Path | None) -> _Distribution:
+def download(spec: str, directory: Path) -> None:
+    """See to it that the archive of a ``pypi:`` source lies in a directory. Raises as :func:`open_source` does."""
+    _archive(spec.removeprefix("pypi:"), directory)
+
+
+def _archive(name: str, downloads: Path | None) -> tuple[str, bytes]:
     match = _PINNED.fullmatch(name)
     if match is None:
         raise UsageError(f"pypi:{name}: expected pypi:NAME==VERSION, or pypi:NAME==VERSION#sha256= and 64 hex digits")
     pin = _Pin(**match.groupdict())
     archive = _find_archive(pin, downloads) if downloads is not None and downloads.is_dir() else None
-    filename, data = archive or _download(pin, downloads)
+    return archive or _download(pin, downloads)
+
+
+def _published(name: str, downloads: Path | None) -> _Distribution:
+    filename, data = _archive(name, downloads)
     return _read_wheel(data, where=filename) if filename.endswith(".whl") else _read_sdist(data, where=filename)
 
 

@@ -14,9 +14,10 @@ from silo.config import load_config
 def render(summary: dict[str, Any]) -> None:
     """Say in three lines what was trained."""
     click.echo(f"model       {summary['model']} ({summary['parameters']:,} parameters)")
-    click.echo(f"trained on  {summary['tokens']:,} tokens of {summary['documents']:,} documents, "
-               f"{summary['steps']:,} steps, loss {summary['loss']:.3f} nats a token")
-    click.echo(f"licences    {', '.join(f'{name} ({count})' for name, count in summary['documents_by_license'].items())}")
+    read = f"{summary['tokens']:,} tokens of {summary['documents']:,} documents"
+    click.echo(f"trained on  {read}, {summary['steps']:,} steps, loss {summary['loss']:.3f} nats a token")
+    licenses = [f"{name} ({count})" for name, count in summary["documents_by_license"].items()]
+    click.echo(f"licences    {', '.join(licenses)}")
 
 
 @click.command()
@@ -31,7 +32,15 @@ def train(config: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
         accelerate launch -m silo train CONFIG.yaml
     """
-    from training.loop import train as run
     from training.recipe import Recipe
 
-    return run(load_config(Recipe, config, overrides))
+    recipe = load_config(Recipe, config, overrides)  # before what takes seconds to import
+
+    from accelerate import PartialState
+
+    from training.loop import train as run
+
+    summary = run(recipe)
+    if not PartialState().is_main_process:
+        raise click.exceptions.Exit(0)  # One process speaks for all.
+    return summary

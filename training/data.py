@@ -57,6 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=DOCUMENT_TOKEN,
         eos_token=DOCUMENT_TOKEN,
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # A text that spells out the document token does not end its document.
     )
 
 
@@ -90,12 +91,16 @@ def shuffled(documents: list[Document], seed: int) -> Iterator[Document]:
 
 
 class Sequences(Dataset):
-    """Token ids and labels cut into training sequences of one length; a shorter rest is left out."""
+    """Token ids and labels cut into training sequences of one length.
+
+    A shorter rest is left out, and so is a sequence with nothing to learn, of which a batch would have no mean loss.
+    """
 
     def __init__(self, ids: np.ndarray, labels: np.ndarray, length: int) -> None:
         whole = len(ids) // length * length
-        self.ids = torch.from_numpy(ids[:whole]).view(-1, length)
-        self.labels = torch.from_numpy(labels[:whole]).view(-1, length)
+        cut, of_cut = (torch.from_numpy(array[:whole]).view(-1, length) for array in (ids, labels))
+        teaches = (of_cut[:, 1:] != IGNORED).any(dim=1)  # the first token of a sequence is not predicted
+        self.ids, self.labels = cut[teaches], of_cut[teaches]
 
     def __len__(self) -> int:
         return len(self.ids)

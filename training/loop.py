@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from silo.config import convert
 from silo.corpus import Corpus
 from silo.documents import Document
 from silo.errors import SiloError, UsageError
-from silo.files import canonical_json, sha256, write_file, write_json
-from silo.language_model import TRAINED_ON
+from silo.files import canonical_json, remove_tree, sha256, sync_directory, write_file, write_json
+from silo.language_model import TRAINED_ON, quiet_transformers
 from silo.licensing import DEFAULT_POLICY, load_policy
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.progress import progress_bar
@@ -29,65 +30,81 @@ from training.recipe import Recipe
 
 FINAL_LEARNING_RATE = 0.1
 """Where the cosine ends, as a share of the peak."""
+DECIDED_BY_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Train tokenizer and model, and write both with the list of the documents that taught them.
+
+    Under ``accelerate launch`` every process trains, and the main one writes.
 
     Returns:
         Summary with the loss in nats a token, tokens, steps and documents by licence.
 
     Raises:
         LicenseError: the corpus holds a document that may not teach weights; nothing is read or written.
+        UsageError: the recipe's model is none, or the corpus is too small for one step.
         SiloError: the loss is not finite.
     """
+    model_config(recipe)  # What makes no model is refused before the work of hours.
     policy = load_policy(recipe.policy) if recipe.policy else DEFAULT_POLICY
     documents = permissive_documents(recipe.corpus, policy)
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     set_seed(recipe.seed)
-    tokenizer = train_tokenizer((document.full_text for document in shuffled(documents, recipe.seed)), recipe.vocab_size)
+    tokenizer = train_tokenizer(
+        (document.full_text for document in shuffled(documents, recipe.seed)), recipe.vocab_size
+    )
     ids, labels, used = tokenize_documents(shuffled(documents, recipe.seed), tokenizer, recipe.token_budget)
     sequences = Sequences(ids, labels, recipe.sequence_length)
-    if len(sequences) < recipe.batch_size:
+    step_size = recipe.batch_size * accelerator.num_processes
+    if len(sequences) < step_size:
         raise UsageError(
-            f"{recipe.corpus} gives {len(ids)} training tokens, fewer than one step of "
-            f"{recipe.batch_size} x {recipe.sequence_length}; collect more text or lower batch_size"
+            f"{recipe.corpus} gives {len(sequences)} training sequences of {recipe.sequence_length} tokens, and a step "
+            f"takes {step_size}; collect more text, or lower batch_size or sequence_length"
         )
-    model = SiloForCausalLM(model_config(recipe, tokenizer))
-    losses = optimize(recipe, model, sequences)
+    start = tokenizer.bos_token_id
+    model = SiloForCausalLM(
+        model_config(recipe, vocab_size=len(tokenizer), bos_token_id=start, eos_token_id=tokenizer.eos_token_id)
+    )
+    losses = optimize(recipe, accelerator, model, sequences)
     summary = {
         "loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
         "steps": len(losses),
-        "tokens": len(losses) * recipe.batch_size * recipe.sequence_length,
+        "tokens": len(losses) * step_size * recipe.sequence_length,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "documents": len(used),
         "documents_by_license": dict(sorted(Counter(document.license for document in used).items())),
         "corpus": Corpus.open(recipe.corpus).fingerprint,
     }
-    save(recipe, model, tokenizer, documents, {document.id for document in used}, summary)
+    if accelerator.is_main_process:
+        save(recipe, model, tokenizer, documents, {document.id for document in used}, summary)
+    accelerator.end_training()
     return {"model": str(recipe.output), **summary}
 
 
-def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> SiloConfig:
-    """The recipe's model with what the tokenizer decides. Raises :class:`UsageError` for an unknown field."""
+def model_config(recipe: Recipe, **decided: Any) -> SiloConfig:
+    """The recipe's model, with what is ``decided`` by its tokenizer.
+
+    Raises:
+        UsageError: a field is unknown, has the wrong type or is the tokenizer's, or the fields do not fit together.
+    """
+    fields = inspect.get_annotations(SiloConfig, eval_str=True)
+    known = sorted(set(fields) - DECIDED_BY_TOKENIZER)
     for name in recipe.model:
-        if name not in SiloConfig.__dataclass_fields__ or name == "vocab_size":
-            raise UsageError(f"model.{name} is no field that a recipe may set; see silo.SiloConfig (vocab_size is a top-level setting)")
-    settings = {"max_position_embeddings": recipe.sequence_length, **recipe.model}
-    return SiloConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **settings,
-    )
+        if name not in known:
+            raise UsageError(f"unknown setting 'model.{name}'; known are {', '.join(known)}")
+    settings = {name: convert(value, fields[name], f"model.{name}") for name, value in recipe.model.items()}
+    return SiloConfig(**{"max_position_embeddings": recipe.sequence_length, **settings, **decided})
 
 
-def optimize(recipe: Recipe, model: SiloForCausalLM, sequences: Sequences) -> list[float]:
+def optimize(recipe: Recipe, accelerator: Accelerator, model: SiloForCausalLM, sequences: Sequences) -> list[float]:
     """One pass over the sequences; the model's weights change in place. Returns the loss of each step."""
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     generator = torch.Generator().manual_seed(recipe.seed)
     loader = DataLoader(sequences, recipe.batch_size, shuffle=True, drop_last=True, generator=generator)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.95))
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(loader), recipe.warmup_fraction))
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+    batches = len(loader)  # Of all processes: accelerate moves the schedule on by one for each of them.
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, batches, recipe.warmup_fraction))
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     model.train()
     losses: list[float] = []
@@ -99,9 +116,11 @@ def optimize(recipe: Recipe, model: SiloForCausalLM, sequences: Sequences) -> li
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
             if not math.isfinite(losses[-1]):
-                raise SiloError(f"the loss is {losses[-1]} at step {len(losses)}; lower learning_rate or check the text")
+                raise SiloError(
+                    f"the loss is {losses[-1]} at step {len(losses)}; lower learning_rate or check the text"
+                )
             progress(len(losses), len(loader))
     return losses
 
@@ -134,15 +153,21 @@ def save(
 ) -> None:
     """Write the model directory whole or not at all: into a neighbour first, then by one rename."""
     recipe.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=recipe.output.parent, prefix=f".{recipe.output.name}.") as staging:
-        directory = Path(staging) / "model"
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+    directory = recipe.output.with_name(f".{recipe.output.name}.partial")
+    remove_tree(directory)  # what a killed run left
+    try:
+        with quiet_transformers():
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
         rows = b"".join(canonical_json(provenance(document, document.id in used)) for document in documents)
         write_file(directory / TRAINED_ON, rows)
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(recipe).items()}
         write_json(directory / "training.json", {**summary, "trained_on_sha256": sha256(rows), "recipe": settings})
         directory.rename(recipe.output)
+    except BaseException:
+        remove_tree(directory)
+        raise
+    sync_directory(recipe.output.parent)
 
 
 def provenance(document: Document, in_weights: bool) -> dict[str, Any]:

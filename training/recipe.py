@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from silo.errors import UsageError
+
+LIMITS = {
+    "vocab_size": (257, math.inf),  # every byte, and the token between documents
+    "sequence_length": (2, math.inf),
+    "batch_size": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "warmup_fraction": (0, 1),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+"""The least and the greatest value of a setting."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,11 @@ class Recipe:
     """Licence policy file; the default policy if absent."""
 
     def __post_init__(self) -> None:
+        for name, (least, greatest) in LIMITS.items():
+            value = getattr(self, name)
+            if not least <= value <= greatest:  # which is how nan is refused, too
+                expected = f"at least {least}" if greatest == math.inf else f"{least} to {greatest}"
+                raise UsageError(f"{name} is {value}; expected {expected}")
         if self.token_budget < self.sequence_length * self.batch_size:
             raise UsageError(
                 f"token_budget is {self.token_budget}; expected at least one step of "

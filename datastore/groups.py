@@ -1,0 +1,73 @@
+"""Search structures: a Lucene index serves a group of shards, many small ones or a single large one.
+
+An index a shard was measured and is slow by the number of shards; one for all would have to be rewritten as a whole at
+each removal. Which shards share a group changes no result: scores use the statistics of all groups together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from datastore.blocks import cut_blocks
+from datastore.integrity import read_sealed, sealed, verify_files
+from datastore.manifest import Group, ShardEntry
+from datastore.shard import Shard
+from silo.errors import IntegrityError
+from silo.files import sha256_file, write_file
+
+GROUP_TOKENS = 4_000_000
+"""Shards share a search structure up to this many tokens, which bounds what a removal must rewrite."""
+INDEX = "group.json"
+
+
+def regroup(groups: Sequence[Group], entries: Mapping[str, ShardEntry], changed: set[str]) -> list[list[str]]:
+    """Say which shards share a group after a change: each stays where it is while there is room.
+
+    A shard that outgrew its group, or is new, goes to the first group with room for it. A group that no change touches
+    and that takes in no shard comes out as it went in, so that it need not be rewritten.
+    """
+
+    def has_room(members: list[str], name: str) -> bool:
+        return not members or sum(entries[other].tokens for other in [*members, name]) <= GROUP_TOKENS
+
+    planned: list[list[str]] = []
+    for group in groups:
+        members = [name for name in group.shards if name not in changed]
+        for name in group.shards:
+            if name in changed and name in entries and has_room(members, name):
+                members.append(name)
+        planned.append(members)
+    placed = {name for members in planned for name in members}
+    for name in sorted(set(entries) - placed):
+        for members in planned:
+            if has_room(members, name):
+                break
+        else:
+            planned.append(members := [])
+        members.append(name)
+    return [sorted(members) for members in planned if members]
+
+
+def build_group(directory: Path, shards: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer) -> None:
+    """Index some shards of the directory ``shards`` into an empty directory.
+
+    The checksums lie beside the index and not in the store's manifest: Lucene's files hold random ids, and the
+    manifest's bytes are to be the same for the same input.
+    """
+    from datastore.bm25 import build_index
+
+    read = (Shard.read(shards / entry.directory, entry.hash) for entry in entries)
+    build_index(directory, cut_blocks(read, tokenizer))
+    files = {file.name: sha256_file(file) for file in sorted(directory.iterdir())}
+    write_file(directory / INDEX, sealed({"shards": [entry.hash for entry in entries], "files": files}))
+
+
+def verify_group(directory: Path, entries: Sequence[ShardEntry]) -> None:
+    """Check every file of a search structure, and that it was built from these shards."""
+    content = read_sealed(directory / INDEX)
+    if content["shards"] != [entry.hash for entry in entries]:
+        raise IntegrityError(f"{directory / INDEX} is of other shards than the store's; restore it from a backup")
+    verify_files(directory, content["files"], index=INDEX)

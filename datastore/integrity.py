@@ -1,0 +1,58 @@
+"""Checks that a store's files are those that were written: none changed, none missing, none added."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from silo.errors import IntegrityError
+from silo.files import canonical_json, check_digest, read_checked, sha256, sha256_file
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """The bytes of a JSON file that carries the checksum of its own content."""
+    return canonical_json({**content, "seal": sha256(canonical_json(content))})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what :func:`sealed` made. Raises :class:`IntegrityError` if it is missing or any byte was changed."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise missing(path) from None
+    try:
+        content = json.loads(data)
+        del content["seal"]
+        intact = sealed(content) == data
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise IntegrityError(f"{path} is damaged: its content is not what its seal says; restore it from a backup")
+    return content
+
+
+def verify_directory(directory: Path, index: str, expected_hash: str) -> None:
+    """Check a directory whose file ``index``, of known hash, lists the others under ``files``."""
+    verify_files(directory, json.loads(read_checked(directory / index, expected_hash))["files"], index=index)
+
+
+def verify_files(directory: Path, files: dict[str, str], *, index: str) -> None:
+    """Check that a directory holds these files, with these checksums, and nothing else but their list, ``index``."""
+    for name, digest in files.items():
+        if not (directory / name).is_file():
+            raise missing(directory / name)
+        check_digest(directory / name, sha256_file(directory / name), digest)
+    refuse_strays(directory, {index, *files})
+
+
+def refuse_strays(directory: Path, known: set[str]) -> None:
+    """Raise :class:`IntegrityError` at anything in a directory that is not known: it might be text that was removed."""
+    for path in sorted(directory.iterdir()):
+        if path.name not in known:
+            raise IntegrityError(f"{path} does not belong to the store; remove it")
+
+
+def missing(path: Path) -> IntegrityError:
+    """The error for a file that should be there."""
+    return IntegrityError(f"{path} is missing; restore it from a backup")

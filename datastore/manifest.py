@@ -1,0 +1,75 @@
+"""What is live in a store: the content of ``store.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datastore.history import FIRST
+from datastore.integrity import read_sealed, sealed
+from silo.errors import UsageError
+from silo.files import canonical_json, sha256, write_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A live shard: its directory's name under ``shards``, its hash, and its tokens."""
+
+    directory: str
+    hash: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A live search structure: the shards that it serves, and its directory's name under ``search``."""
+
+    shards: list[str]
+    directory: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``store.json``."""
+
+    model: dict[str, Any]
+    control: str
+    tokenizer: str
+    shards: dict[str, ShardEntry] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+    sequence: int = 0
+    """Number of changes so far."""
+    receipt: str = ""
+    """File name of the last change's receipt."""
+    receipt_sha256: str = FIRST
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read ``store.json``; its own seal is checked.
+
+        Raises:
+            UsageError: there is no store, or one of another format.
+            IntegrityError: the file was changed.
+        """
+        if not path.is_file():
+            raise UsageError(f"{path.parent} is not a store; make one with `silo datastore create`")
+        content = read_sealed(path)
+        if content["format"] != FORMAT:
+            raise UsageError(f"{path} has format {content['format']}; this version reads format {FORMAT}")
+        content["shards"] = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
+        content["groups"] = [Group(**group) for group in content["groups"]]
+        return cls(**content)
+
+    def write(self, path: Path) -> None:
+        """Commit."""
+        write_file(path, sealed(asdict(self)))
+
+    @property
+    def canonical_hash(self) -> str:
+        """Hash of what the store answers from: model, control plane and shards, in no order and with no history."""
+        live = {name: entry.hash for name, entry in self.shards.items()}
+        return sha256(canonical_json([self.format, self.model, self.control, self.tokenizer, live]))

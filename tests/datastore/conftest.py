@@ -1,0 +1,60 @@
+"""What the store's tests share: the bytes of a store, and all that it answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+# One thread each: models and indexes here are tiny, and on a busy machine threads mostly wait for each other (measured:
+# 1.4 to 2.9 s for the keys of a document with two, 0.02 s with one).
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bytes_of():
+    """A function that reads every file of a directory, by relative name; the lock, which is always empty, apart."""
+
+    def read(root: Path) -> dict[str, bytes]:
+        files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def answers(model, documents):
+    """A function that asks a store everything: its hash, neighbours, blocks, and the mixture's distributions.
+
+    The questions are real text, some of it in the store and some not.
+    """
+    from eval.perplexity import Text, distribution_digest
+    from silo.mixture import Mixture, Weights
+
+    texts = [Text(document, model.tokenize(document)[:96]) for document in documents[::3]]
+    keys = np.concatenate([model.keys(text.tokens) for text in texts])
+    queries = [model.tokenizer.decode(text.tokens[start : start + 40]) for text in texts for start in (0, 50)]
+
+    def ask(store):
+        neighbours, blocks = store.neighbours(), store.blocks()
+        found = neighbours.search(keys, 20)
+        mixture = Mixture(model, neighbours=neighbours, blocks=blocks)
+        return {
+            "hash": store.hash,
+            "rows": {name: [row.id for row in rows] for name, rows in store.rows().items()},
+            "neighbours": [array.tolist() for array in (found.squared_l2, found.values, found.positions)],
+            "cited": [[neighbours.document(at).id if at >= 0 else None for at in row] for row in found.documents],
+            "blocks": [
+                (block.document.id, block.start, block.tokens.tolist(), block.score) if block else None
+                for block in blocks.search(queries)
+            ],
+            "distributions": distribution_digest(mixture, texts, Weights({"lm": 0.5, "knn": 0.25, "ric": 0.25}, 8.0)),
+        }
+
+    return ask

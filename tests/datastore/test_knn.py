@@ -1,0 +1,218 @@
+"""kNN: the neighbours that a search written out in numpy finds, however the documents came into the store."""
+
+import random
+
+import numpy as np
+import pytest
+
+from datastore.control import ControlPlane
+from datastore.knn import NeighbourIndex
+from datastore.shard import Encoded, Shard
+from silo.documents import Document
+
+DIMENSION = 16
+TIED = "many/ties"
+
+
+def cloud(rng, count):
+    """Keys in clusters along few directions, as hidden states are."""
+    centres = rng.normal(size=(12, 4)) @ np.random.default_rng(7).normal(size=(4, DIMENSION))
+    return (centres[rng.integers(12, size=count)] + 0.2 * rng.normal(size=(count, DIMENSION))).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["fitted", "unfitted"])
+def plane(request):
+    """A control plane of 32 lists with 8-bit codes, or one list with half precision."""
+    return (
+        ControlPlane.fit(cloud(np.random.default_rng(1), 4096), [])
+        if request.param == "fitted"
+        else (ControlPlane.unfitted(DIMENSION))
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(plane):
+    """Forty documents; one has a run of equal keys, and another has them too."""
+    rng = np.random.default_rng(2)
+    same = np.repeat(cloud(rng, 1), 30, axis=0)
+    documents = []
+    for number, name in enumerate([*(f"doc/{n}" for n in range(38)), TIED, "a copy of " + TIED]):
+        keys = cloud(rng, 20 + 3 * number)
+        keys = np.concatenate([keys, same, keys[:2]]) if TIED in name else keys
+        tokens = rng.integers(500, size=len(keys)).astype(np.uint16)
+        described = Document(id=name, text=f"text {number}", license="GPL-3.0-only", owner=f"owner {number % 7}")
+        documents.append(Encoded.make(described, tokens, *plane.encode(keys)))
+    return documents
+
+
+def shards_of(documents, *, by):
+    """Documents as shards, spread by a function of the document's number."""
+    spread = {}
+    for number, document in enumerate(documents):
+        spread.setdefault(by(number), []).append(document)
+    return [Shard.build(members) for members in spread.values()]
+
+
+def queries_of(encoded, plane, count=60):
+    """Keys near to some of the store's, and one that is exactly the repeated one."""
+    rng = np.random.default_rng(3)
+    decoded = plane.quantizer().decode(np.concatenate([document.codes for document in encoded]))
+    repeated = plane.quantizer().decode(next(d for d in encoded if d.document.id == TIED).codes[-3:-2])
+    near = decoded[rng.integers(len(decoded), size=count)] + 0.1 * rng.normal(size=(count, DIMENSION))
+    return np.concatenate([near.astype(np.float32), repeated])
+
+
+def brute_force(encoded, plane, queries, k):
+    """Squared distance, token, document id and position of the k nearest: by distance, then id, then position."""
+    documents = sorted(encoded, key=lambda document: document.document.id)
+    keys = np.concatenate([plane.quantizer().decode(document.codes) for document in documents])
+    rows = [(d.document.id, at, int(token)) for d in documents for at, token in enumerate(d.tokens)]
+    result = []
+    for query in queries:
+        distances = ((keys - query) ** 2).sum(axis=1, dtype=np.float32)
+        order = np.lexsort((np.arange(len(keys)), distances))[:k]
+        result.append([(distances[at], rows[at][2], *rows[at][:2]) for at in order])
+    return result
+
+
+def described(index, found):
+    """What was found, with documents by their ids."""
+    return [
+        [
+            (distance, int(value), index.document(document).id, int(position))
+            for distance, value, document, position in zip(*columns, strict=True)
+            if document >= 0
+        ]
+        for columns in zip(found.squared_l2, found.values, found.documents, found.positions, strict=True)
+    ]
+
+
+def same_bits(a, b):
+    """Whether two answers are equal in every bit."""
+    fields = ("squared_l2", "values", "documents", "positions")
+    return all(getattr(a, name).tobytes() == getattr(b, name).tobytes() for name in fields)
+
+
+@pytest.mark.parametrize("k", [1, 10, 64, 256])
+def test_all_lists_probed_is_brute_force(encoded, plane, k):
+    """With every list probed, neighbours, tokens, order and distances are those of numpy over the decoded codes."""
+    index = NeighbourIndex(shards_of(encoded, by=lambda n: n % 7), plane, probes=1024)
+    queries = queries_of(encoded, plane)
+    expected = brute_force(encoded, plane, queries, k)
+    for ours, theirs in zip(described(index, index.search(queries, k)), expected, strict=True):
+        np.testing.assert_allclose([row[0] for row in ours], [row[0] for row in theirs], rtol=1e-4, atol=1e-5)
+        assert [row[1:] for row in ours] == [row[1:] for row in theirs]
+
+
+@pytest.mark.parametrize("k", [5, 29, 31, 45, 60])
+def test_ties_come_by_document_and_position(encoded, plane, k):
+    """Of sixty equal keys in two documents, the first k by (document id, position) are found, in that order."""
+    index = NeighbourIndex(shards_of(encoded, by=lambda n: n), plane)
+    (found,) = described(index, index.search(queries_of(encoded, plane)[-1:], k))
+    assert [row[2:] for row in found] == sorted(row[2:] for row in found)
+    assert len({row[0] for row in found}) == 1
+    expected = [
+        (document.document.id, at)
+        for document in sorted(encoded[-2:], key=lambda document: document.document.id)
+        for at in range(len(document.tokens) - 32, len(document.tokens) - 2)
+    ]
+    assert [row[2:] for row in found] == expected[:k]
+
+
+def test_shards_and_order_of_adding_leave_no_trace(encoded, plane):
+    """One shard, seven or forty, filled in any order and listed in any order, give the same bits."""
+    queries = queries_of(encoded, plane)
+    expected = NeighbourIndex([Shard.build(encoded)], plane).search(queries, 40)
+    shuffled = random.Random(0).sample(encoded, len(encoded))
+    for by in (lambda n: 0, lambda n: n % 7, lambda n: n):
+        for documents in (encoded, shuffled):
+            shards = shards_of(documents, by=by)
+            assert same_bits(NeighbourIndex(shards, plane).search(queries, 40), expected)
+            assert same_bits(NeighbourIndex(shards[::-1], plane).search(queries, 40), expected)
+
+
+def test_document_taken_out_is_never_found(encoded, plane):
+    """Without a document, its neighbours are gone and those of the others are in every query what they were."""
+    index = NeighbourIndex(shards_of(encoded, by=lambda n: n % 3), plane, probes=1024)
+    without = NeighbourIndex(shards_of(encoded[:-2], by=lambda n: n % 3), plane, probes=1024)
+    queries = queries_of(encoded, plane)
+    k = index.num_keys
+    everything, rest = described(index, index.search(queries, k)), described(without, without.search(queries, k))
+    for before, after in zip(everything, rest, strict=True):
+        assert any(TIED in row[2] for row in before)
+        assert [row for row in before if TIED not in row[2]] == after
+
+
+def test_value_is_the_token_at_its_position(encoded, plane):
+    """Each value is the token that stands at the cited position of the cited document, and the licence is its own."""
+    index = NeighbourIndex(shards_of(encoded, by=lambda n: n % 7), plane)
+    by_id = {document.document.id: document for document in encoded}
+    found = index.search(queries_of(encoded, plane), 32)
+    for row in described(index, found):
+        assert all(by_id[name].tokens[position] == value for _, value, name, position in row)
+    source = index.document(int(found.documents[0, 0]))
+    row = by_id[source.id].document
+    assert (source.owner, source.license, source.source, source.title) == (
+        row.owner,
+        row.license,
+        row.source,
+        row.title,
+    )
+
+
+def test_value_is_the_token_that_followed(make_store, model, documents):
+    """The key of a position finds that position first, with the very token that the model was asked for there."""
+    store = make_store("own", documents[:2])
+    tokens = model.tokenize(documents[0])
+    index = store.neighbours()
+    found = index.search(store.control.quantizer().decode(store.shard("Ada").documents()[0].codes), 1)
+    assert {index.document(at).id for at in found.documents[:, 0]} == {documents[0].id}
+    assert (found.squared_l2 < 1e-6).all()
+    own = found.positions[:, 0] == np.arange(len(tokens))
+    assert own.mean() > 0.9
+    np.testing.assert_array_equal(found.values[own, 0], tokens[own])
+
+
+@pytest.mark.parametrize("present", [0, 1, 9])
+def test_fewer_keys_than_asked_for(encoded, plane, present):
+    """What is missing has infinite distance, document -1 and value 0, after what was found."""
+    documents = [Encoded.make(Document(id="x", text="x", owner="o"), *(a[:present] for a in arrays(encoded[0])))]
+    shards = [Shard.build(documents)] if present else []
+    index = NeighbourIndex(shards, plane, probes=1024)
+    found = index.search(queries_of(encoded, plane), 16)
+    assert index.num_keys == present
+    assert index
+    assert found.squared_l2.shape == found.values.shape == found.documents.shape == found.positions.shape == (61, 16)
+    assert np.isfinite(found.squared_l2[:, :present]).all()
+    assert np.isinf(found.squared_l2[:, present:]).all()
+    assert (found.documents[:, present:] == -1).all()
+    assert not found.values[:, present:].any()
+    assert sorted(found.positions[0, :present].tolist()) == list(range(present))
+
+
+def arrays(document):
+    return document.tokens, document.lists, document.codes
+
+
+def test_no_queries_no_answers(encoded, plane):
+    """No query gives arrays without rows."""
+    found = NeighbourIndex(shards_of(encoded, by=lambda n: 0), plane).search(np.zeros((0, DIMENSION), np.float32), 5)
+    assert found.values.shape == (0, 5)
+
+
+def test_more_probes_lose_nothing(encoded):
+    """The distance of the k-th neighbour never grows with the number of lists read, and with all it is exact."""
+    plane = ControlPlane.fit(cloud(np.random.default_rng(1), 4096), [])
+    rng = np.random.default_rng(2)
+    documents = [
+        Encoded.make(Document(id=str(n), text="x", owner="o"), np.zeros(99, np.uint16), *plane.encode(cloud(rng, 99)))
+        for n in range(9)
+    ]
+    queries = cloud(rng, 50)
+    last = np.full(50, np.inf)
+    for probes in (1, 2, 4, 8, 16, 32):
+        found = NeighbourIndex([Shard.build(documents)], plane, probes=probes).search(queries, 10).squared_l2[:, -1]
+        assert (found <= last).all()
+        last = found
+    expected = [rows[-1][0] for rows in brute_force(documents, plane, queries, 10)]
+    np.testing.assert_allclose(last, expected, rtol=1e-4)
