@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import silo.modeling  # noqa: F401  (registers our model with the Auto classes)
+import silo.modeling  # registers our model with the Auto classes
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json, sha256, sha256_file
@@ -73,7 +74,7 @@ class LanguageModel:
                 raise UsageError(f"{path} is not a model directory: {name} is missing; train one with `silo train`")
         try:
             with quiet_transformers():
-                model, loading = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
                 )
                 tokenizer = AutoTokenizer.from_pretrained(path)
@@ -81,11 +82,12 @@ class LanguageModel:
             raise
         except Exception as error:  # Each architecture and file format fails in its own way.
             raise UsageError(f"{path} cannot be loaded as a causal language model: {error}") from None
+        model, loading = loaded
         unfit = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
         if unfit:  # transformers has filled them with random numbers.
             raise UsageError(
-                f"{path} has no weights, or such of another shape than its config.json says, for {len(unfit)} parameters "
-                f"of the model: {', '.join(unfit[:3])}; restore the directory or train the model again"
+                f"{path} has no weights, or such of another shape than its config.json says, for {len(unfit)} "
+                f"parameters of the model: {', '.join(unfit[:3])}; restore the directory or train the model again"
             )
         return cls(model, tokenizer, fingerprint(path))
 

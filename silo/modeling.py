@@ -90,8 +90,8 @@ class SiloConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise UsageError(
-                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} makes heads of width "
-                f"{self.head_dim}; expected an even width, since rotary positions turn pairs of features"
+                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} makes heads of "
+                f"width {self.head_dim}; expected an even width, since rotary positions turn pairs of features"
             )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(

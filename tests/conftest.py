@@ -19,7 +19,7 @@ from silo.corpus import collect
 from silo.documents import Document
 from silo.sources import open_source
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 OWNERS = ("Ada", "Grace", "Mary")
 
 

@@ -101,7 +101,7 @@ def test_imports_point_one_way():
     ],
 )
 def test_a_planted_import_is_reported(tmp_path: Path, where: str, line: str):
-    """A wrong import hidden in a function, a class, a branch, a call or a new directory makes the check name its file."""
+    """A wrong import in a function, a class, a branch, a call or a new directory makes the check name its file."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     planted = tmp_path / where

@@ -123,13 +123,14 @@ def tokens_of(store, group):
 
 
 def test_order_of_adding_leaves_no_trace(make_store, mixed, model, answers):
-    """One by one backwards, or all at once, the documents make equal shards, byte for byte, and equal answers."""
-    together = make_store("together", mixed)
-    apart = make_store("apart")
-    for document in reversed(mixed):
-        apart.add([document], model)
-    assert answers(apart) == answers(together)
-    assert apart.manifest.shards == together.manifest.shards
+    """Forwards, backwards or at once, the documents make equal shards, under the same hashes, and equal answers."""
+    stores = [make_store("together", mixed[::-1]), make_store("forwards"), make_store("backwards")]
+    for document, other in zip(mixed, reversed(mixed), strict=True):
+        stores[1].add([document], model)
+        stores[2].add([other], model)
+    first, *others = [answers(store) for store in stores]
+    assert all(other == first for other in others)
+    assert all(store.manifest.shards == stores[0].manifest.shards for store in stores)
 
 
 def test_shard_grows_by_what_is_added(make_store, mixed, model):
@@ -453,6 +454,8 @@ def test_two_owners_whose_names_look_alike_have_two_shards(make_store, mixed, mo
 
 def test_store_opens_without_torch():
     """What needs no model loads none: a takedown does not wait for torch, nor for Java until something is built."""
-    code = "import sys, datastore.store, datastore.cli; print([m for m in ('torch', 'transformers', 'jnius') if m in sys.modules])"
+    code = (
+        "import datastore.store, datastore.cli, sys; print(sorted({'torch', 'transformers', 'jnius'} & {*sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

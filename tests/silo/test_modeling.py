@@ -138,7 +138,7 @@ def test_logits_are_those_of_transformers(kind, their_config, their_class, setti
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_the_loss_is_that_of_transformers(kind):
-    """The loss is the mean over labels that are not -100 of the next token's NLL, and experts add their balance to it."""
+    """The loss is the next token's mean NLL over labels that are not -100, and experts add their balance to it."""
     model = random_model(kind)
     tokens = random_tokens(2, 12)
     labels = tokens.masked_fill(torch.arange(12) % 3 == 0, -100)
@@ -196,6 +196,15 @@ def test_generation_with_a_cache_is_generation_without(ffn):
         slow = torch.cat((slow, model(slow).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert len(set(slow[0, 5:].tolist())) > 3
     assert torch.equal(cached, slow)
+
+
+def test_reading_on_from_a_cache_is_reading_at_once():
+    """A sequence read in two pieces, the second from the first's cache, has the logits of one reading."""
+    model = random_model("moe").double()
+    tokens = random_tokens(2, 20)
+    first = model(tokens[:, :13], use_cache=True)
+    second = model(tokens[:, 13:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), model(tokens).logits)
 
 
 def test_padding_on_the_left_changes_nothing():

@@ -11,7 +11,7 @@ from silo.windows import windows
 @example(length=64, context=64, stride=48)
 @example(length=65, context=64, stride=48)
 def test_every_position_once_with_context(length: int, context: int, stride: int):
-    """Positions are kept in order, each exactly once; past the first window each has context - stride inputs before it."""
+    """Positions come in order, each exactly once; past the first window each has context - stride inputs before it."""
     assume(stride <= context)
     cut = windows(length, context=context, stride=stride)
     assert [position for window in cut for position in range(window.first, window.end)] == list(range(length))

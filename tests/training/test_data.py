@@ -1,16 +1,19 @@
 """From documents to training sequences: every text as it is, every prompt read and not learnt."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 from silo.documents import Document
 from training.data import DOCUMENT_TOKEN, IGNORED, Sequences, shuffled, tokenize_documents, train_tokenizer
 
-WORDS = "def return import lambda yield raise while class assert global naïve 数据 \n\t".split(" ")
+WORDS = ["def", "return", "import", "lambda", "yield", "while", "class", "assert", "naïve", "数据", "\n\t"]
 DOCUMENTS = [
     Document(id="pair", prompt="def add(a, b):\n", text="    return a + b\n"),
     Document(id="plain", text="import os\n\nprint(os.name)\n"),
@@ -37,8 +40,6 @@ def test_any_text_comes_back(tokenizer, text):
 
 def test_a_loaded_tokenizer_is_the_same(tokenizer, tmp_path):
     """Saved and loaded, the tokenizer gives the same ids, and still lets no text end its document."""
-    from transformers import AutoTokenizer
-
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = f"def f(x):\n    return {DOCUMENT_TOKEN!r}\n"
@@ -65,7 +66,7 @@ def test_the_vocabulary_has_every_byte_first(tokenizer):
 
 
 def test_prompts_are_read_and_not_learnt(tokenizer):
-    """A pair's prompt has the label that is left out of the loss, its completion has its own tokens, and so has text."""
+    """A pair's prompt has the label that the loss leaves out; its completion has its own tokens, and so has text."""
     ids, labels, used = tokenize_documents(DOCUMENTS, tokenizer, 1000)
     prompt, completion = (tokenizer(text)["input_ids"] for text in (DOCUMENTS[0].prompt, DOCUMENTS[0].text))
     end = 1 + len(prompt) + len(completion)
@@ -79,7 +80,7 @@ def test_documents_stand_end_to_end(tokenizer):
     """Between document tokens stand the documents' texts, in order and whole."""
     ids, _, _ = tokenize_documents(DOCUMENTS, tokenizer, 1000)
     starts = [*np.flatnonzero(ids == 0), len(ids)]
-    texts = [tokenizer.decode(ids[begin + 1 : end]) for begin, end in zip(starts, starts[1:], strict=False)]
+    texts = [tokenizer.decode(ids[begin + 1 : end]) for begin, end in itertools.pairwise(starts)]
     assert texts == [document.full_text for document in DOCUMENTS]
 
 
