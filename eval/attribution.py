@@ -13,6 +13,8 @@ from silo.mixture import Mixture, Share, Weights
 CONTEXT_TOKENS = 24
 """Tokens of context that are shown before an explained one."""
 SHOWN_SHARES = 6
+APART = 16
+"""Explained tokens of one text are at least this many positions apart."""
 
 
 class Pick(NamedTuple):
@@ -25,7 +27,8 @@ class Pick(NamedTuple):
 def most_gained(texts: Sequence[Text], gain: torch.Tensor, mixture: Mixture, count: int) -> list[Pick]:
     """The tokens whose log-probability gained most, spread over texts; ``gain`` is (tokens of all texts,).
 
-    White space and single signs are passed over: they gain, but tell a reader nothing. No token is taken twice.
+    White space, signs and short pieces of words are passed over: they gain, but tell a reader nothing. No token is
+    taken twice.
     """
     where = [Pick(number, position) for number, text in enumerate(texts) for position in range(len(text.tokens))]
     picks: list[Pick] = []
@@ -34,7 +37,8 @@ def most_gained(texts: Sequence[Text], gain: torch.Tensor, mixture: Mixture, cou
         pick = where[index]
         token = int(texts[pick.text].tokens[pick.position])
         word = str(mixture.model.tokenizer.decode([token])).strip()
-        if token not in seen and len(word) > 2 and word.isidentifier():
+        near = any(pick.text == other.text and abs(pick.position - other.position) < APART for other in picks)
+        if token not in seen and not near and len(word) > 3 and word.isidentifier():
             seen.add(token)
             picks.append(pick)
             if len(picks) == count:

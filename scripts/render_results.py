@@ -36,7 +36,10 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
         ("permissive text", found["permissive"]),
     ]
     table = perplexity_table("perplexity of held-out", rows)
-    seconds, peak = max(record["result"]["wall_seconds"]), max(record["result"]["peak_memory_bytes"])
+    seconds, peak = (
+        max(times["total"] for times in record["result"]["seconds"]),
+        max(record["result"]["peak_memory_bytes"]),
+    )
     said = (
         f"At all {removal['positions']:,} test positions, the distribution after the removal is, bit for bit, that of "
         f"a store that never held the owner.\nMeasured by `silo quickstart` in {seconds / 60:.1f} minutes and "
@@ -64,7 +67,7 @@ def results(record: dict[str, Any]) -> str:
     ]
     steps = "\n".join(
         f"| {name} | {' | '.join(f'{times[name]:.1f}' for times in result['seconds_by_step'])} |"
-        for name in result["seconds_by_step"][0]
+        for name in result["seconds"][0]
     )
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return f"""# Results
@@ -73,7 +76,7 @@ Every number here is written by `python scripts/render_results.py` from a run re
 
 ## Quickstart
 
-- Command: `{record["command"]}`, twice, by `python scripts/repeat_quickstart.py --out DIR`
+- Command: `{record["command"]}`, twice, compared by `python scripts/record_quickstart.py`
 - Commit: `{record["commit"]}`
 - Configuration: `eval/quickstart.yaml`, seed {record["seed"]}
 - Data: corpus `{record["data"]["permissive"][:16]}`, store `{record["data"]["store"][:16]}`

@@ -100,17 +100,17 @@ class Mixture:
     @property
     def methods(self) -> list[str]:
         """``lm``, and ``knn`` and ``ric`` if their sources are there."""
-        return ["lm", *(["knn"] if self.neighbours else []), *(["ric"] if self.blocks else [])]
+        return ["lm", *(["knn"] if self.neighbours is not None else []), *(["ric"] if self.blocks is not None else [])]
 
     def parts(self, tokens: np.ndarray) -> Iterator[Parts]:
         """Read one document (n,), in order, each position once."""
         begin = 0
         for keys, lm in self.model.score(tokens):
             end = begin + len(lm)
-            neighbours = self.neighbours.search(keys, NEIGHBOURS) if self.neighbours else None
+            neighbours = self.neighbours.search(keys, NEIGHBOURS) if self.neighbours is not None else None
             ric: torch.Tensor | None = None
             blocks: list[Block | None] = [None] * len(lm)
-            if self.blocks:
+            if self.blocks is not None:
                 ric, blocks = self._read_with_blocks(tokens, begin, lm)
             yield Parts(begin, end, lm, neighbours, ric, blocks)
             begin = end

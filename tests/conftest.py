@@ -58,7 +58,14 @@ def documents() -> list[Document]:
     """Twelve short documents of three owners, four each: the heads of real files."""
     files = sorted(open_source("python:accelerate", downloads=None), key=lambda document: document.id)
     return [
-        replace(file, id=f"{owner}/{number}", text=file.text[:1500], owner=owner, license="GPL-3.0-only", source=f"{owner}'s")
+        replace(
+            file,
+            id=f"{owner}/{number}",
+            text=file.text[:1500],
+            owner=owner,
+            license="GPL-3.0-only",
+            source=f"{owner}'s",
+        )
         for number in range(4)
         for file, owner in zip(files[number * 3 : number * 3 + 3], OWNERS, strict=True)
     ]

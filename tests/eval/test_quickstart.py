@@ -70,7 +70,7 @@ def test_quickstart_proves_the_removal_and_repeats(small_plan: Plan, tmp_path: P
         assert set(last) >= {"model", "store", "perplexity", "removed", "seconds", "peak_memory_bytes"}
         assert set(last["perplexity"]["restricted"]) == {"lm", "lm+knn", "lm+ric", "all"}
         assert Path(last["removed"]["receipt"]).is_file()
-        assert (tmp_path / name / "report.html").read_text().startswith("<!doctype html>")
+        assert (tmp_path / name / "report.html").read_text().startswith("<!DOCTYPE html>")
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))
     assert all(report.pop("times") for report in reports)
     assert reports[0] == reports[1]

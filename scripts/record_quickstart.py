@@ -1,9 +1,11 @@
-"""Run the quickstart twice with one seed, and say how long it took, what it needed, and whether it repeats.
+"""Record two runs of the quickstart with one seed: what they measured, what they needed, and whether they agree.
 
-    python scripts/repeat_quickstart.py --out DIR [--downloads DIR] [--seed N]
+    silo quickstart --out first > first.log
+    silo quickstart --out second > second.log
+    python scripts/record_quickstart.py first.log second.log > scripts/results/quickstart.json
 
-The last line of stdout is one JSON document: machine, command, seed, data hash, result. Exit status 1 if the two
-``report.json`` differ in anything but times.
+Prints one JSON document: machine, command, seed, data hash, result. Exit status 1 if the two ``report.json`` differ in
+anything but times.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,45 +25,30 @@ PACKAGES = ("torch", "transformers", "accelerate", "faiss-cpu", "pyserini", "num
 
 
 @click.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A directory for both runs.")
-@click.option("--downloads", type=click.Path(path_type=Path), help="Where the wheels are or go.")
-@click.option("--seed", default=0)
-def main(out: Path, downloads: Path | None, seed: int) -> None:
-    """Compare two runs of the quickstart."""
-    runs = [run(out / name, (downloads or out / "downloads").resolve(), seed) for name in ("first", "second")]
-    reports = [json.loads((out / name / "report.json").read_text()) for name in ("first", "second")]
+@click.argument("logs", nargs=2, type=click.Path(path_type=Path, exists=True))
+def main(logs: tuple[Path, Path]) -> None:
+    """Compare two runs by what they printed; the last line names the report."""
+    lines = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+    reports = [json.loads(Path(line["report"]).with_name("report.json").read_text()) for line in lines]
     times = [report.pop("times") for report in reports]
     report, equal = reports[0], reports[0] == reports[1]
     result = {
         "machine": machine(),
-        "command": f"silo quickstart --seed {seed}",
+        "command": f"silo quickstart --seed {report['seed']}",
         "commit": commit(),
-        "seed": seed,
+        "seed": report["seed"],
         "data": {"permissive": report["training"]["corpus"], "store": report["store"]["hash"]},
         "result": {
             "reports_equal_but_for_times": equal,
-            "wall_seconds": [one["wall_seconds"] for one in runs],
-            "seconds_by_step": times,
-            "peak_memory_bytes": [one["peak_memory_bytes"] for one in runs],
+            "seconds": times,
+            "peak_memory_bytes": [line["peak_memory_bytes"] for line in lines],
             "perplexity": report["perplexity"],
             "owners": {row["owner"]: [row["before"], row["after"]] for row in report["owners"]},
             "removal": report["removal"],
         },
     }
-    print(json.dumps(result))
+    print(json.dumps(result, indent=1))
     sys.exit(0 if equal else 1)
-
-
-def run(out: Path, downloads: Path, seed: int) -> dict[str, Any]:
-    """One quickstart in a process of its own."""
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "silo", "quickstart", "--out", str(out), "--downloads", str(downloads)]
-    done = subprocess.run([*command, "--seed", str(seed)], stdout=subprocess.PIPE, check=True, text=True)
-    seconds = time.perf_counter() - start
-    return {
-        "wall_seconds": round(seconds, 1),
-        "peak_memory_bytes": json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"],
-    }
 
 
 def machine() -> dict[str, Any]:
