@@ -95,19 +95,21 @@ def _trade(weights: torch.Tensor, probability: torch.Tensor, one: int, other: in
     ) -> torch.Tensor:  # Its mean is the slope of the likelihood, minus its square's the curvature.
         return difference / (rest + share * probability[one] + (mass - share) * probability[other])
 
-    low, high, share = 0.0, mass, weights[one].item()
+    low, high, share, last = 0.0, mass, weights[one].item(), mass
     if ratio(high).mean() >= 0:  # At a bound the slope may point outwards; then the bound is the answer.
         low = share = high
     elif ratio(low).mean() <= 0:
         high = share = low
-    while high - low > 1e-12:
+    for _ in range(200):
         at_share = ratio(share)
         slope, curvature = at_share.mean().item(), at_share.square().mean().item()
         low, high = (share, high) if slope > 0 else (low, share)
-        step = slope / curvature
-        share = share + step if low < share + step < high else (low + high) / 2
-        if abs(step) < 1e-12:
+        if not abs(slope) * (high - low) > 1e-13:  # Nowhere between the bounds is the likelihood higher by more.
             break
+        step = slope / curvature
+        if not (low < share + step < high and abs(step) < last / 2):  # Newton goes astray: halve the way instead.
+            step = (low + high) / 2 - share
+        share, last = share + step, abs(step)
     weights[one], weights[other] = share, mass - share
 
 

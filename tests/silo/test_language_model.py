@@ -1,6 +1,8 @@
 """Documents in, keys and probabilities out: each document for itself, each token once, any causal model."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,17 +165,26 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("said", BREAKS)
-def test_a_directory_that_is_no_model_is_wrong_use(said: str, model_dir, tmp_path, capfd):
-    """A model directory with a file missing, cut, or at odds with another is a UsageError that says which, and why.
-
-    Nothing else is printed, and no weight is made up."""
+def test_a_directory_that_is_no_model_is_wrong_use(said: str, model_dir, tmp_path):
+    """A model directory with a file missing, cut, or at odds with another is a UsageError; no weight is made up."""
     directory = copy_of(model_dir, tmp_path)
     BREAKS[said](directory)
     with pytest.raises(UsageError) as error:
         LanguageModel.load(directory)
     assert said in str(error.value)
     assert str(directory) in str(error.value) or "ffn" in said
-    assert capfd.readouterr() == ("", "")
+
+
+def test_a_broken_model_is_one_line_on_the_terminal(model_dir, tmp_path):
+    """Of weights that do not fit a user reads our line, and none of the report that transformers writes of them."""
+    directory = copy_of(model_dir, tmp_path)
+    edit_config(directory, '"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"id": "a", "text": "x"}')
+    command = [sys.executable, "-m", "silo", "eval", "perplexity", "--model", str(directory), "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "for 10 parameters of the model" in done.stderr
 
 
 def test_a_directory_that_is_not_there_is_wrong_use(tmp_path):

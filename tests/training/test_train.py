@@ -245,7 +245,9 @@ def test_a_kill_leaves_no_model(recipe_file, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "model").exists()
     assert hidden(tmp_path) == [".model.partial"]
-    run(recipe_file)
+    (tmp_path / ".model.partial" / "leftover").write_text("of the killed run")
+    _, output = run(recipe_file)
+    assert not (output / "leftover").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "recipe.yaml"]
 
 
