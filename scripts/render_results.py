@@ -40,8 +40,8 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
     peak = max(record["result"]["peak_memory_bytes"])
     said = (
         f"At all {removal['positions']:,} test positions, the distribution after the removal is, bit for bit, that of "
-        f"a store that never held the owner.\nMeasured by `silo quickstart` on {record['machine']['cores']} shared cores, twice: "
-        f"{minutes[0]:.1f} and {minutes[1]:.1f} minutes, {peak / 1e9:.1f} GB of memory; RESULTS.md says how."
+        f"a store that never held the owner.\nMeasured by `silo quickstart` on {record['machine']['cores']} cores, "
+        f"beside other work, twice: {minutes[0]:.1f} and {minutes[1]:.1f} minutes, {peak / 1e9:.1f} GB of memory; RESULTS.md says how."
     )
     return f"{head}{BEGIN}\n\n{table}\n\n{said}\n\n{END}{tail}"
 
@@ -64,7 +64,7 @@ def results(record: dict[str, Any]) -> str:
         for when, values in zip(("before", "after"), both, strict=True)
     ]
     steps = "\n".join(
-        f"| {name} | {' | '.join(f'{times[name]:.1f}' for times in result['seconds_by_step'])} |"
+        f"| {name} | {' | '.join(f'{times[name]:.1f}' for times in result['seconds'])} |"
         for name in result["seconds"][0]
     )
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
