@@ -294,7 +294,7 @@ def test_the_audit_counts_tokens_when_told_how(out: Path):
         ([b'{"id": "a", "text": "b"}', b"{broken"], "x.jsonl:2: not valid JSON"),
         ([b'{"id": "a", "text": ""}'], "x.jsonl:1: field 'text' is empty"),
         ([b'{"id": "a", "text": "b"}', b'{"id": "a", "text": "c"}'], "x.jsonl:2: id 'a' was already used in line 1"),
-        ([b'{"id": "a", "text": "\\ud800"}'], "document 1 is not valid Unicode"),
+        ([b'{"id": "a", "text": "\\ud800"}'], "x.jsonl:1: an unpaired surrogate"),
         ([], "holds no document"),
     ],
 )
