@@ -41,8 +41,8 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
     cores = record["machine"]["cores"]
     said = (
         f"At all {removal['positions']:,} test positions, the distribution after the removal is, bit for bit, that of "
-        f"a store that never held the owner.\nMeasured by `silo quickstart` on {cores} cores, beside other work, twice: "
-        f"{minutes[0]:.1f} and {minutes[1]:.1f} minutes, {peak / 1e9:.1f} GB of memory; RESULTS.md says how."
+        "a store that never held the owner.\n"
+        f"Measured by `silo quickstart` on {cores} cores, beside other work, twice: {minutes[0]:.1f} and {minutes[1]:.1f} minutes, {peak / 1e9:.1f} GB of memory; RESULTS.md says how."
     )
     return f"{head}{BEGIN}\n\n{table}\n\n{said}\n\n{END}{tail}"
 
