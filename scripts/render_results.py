@@ -39,10 +39,11 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
     minutes = sorted(times["total"] / 60 for times in record["result"]["seconds"])
     peak = max(record["result"]["peak_memory_bytes"])
     cores = record["machine"]["cores"]
+    took = f"{minutes[0]:.1f} and {minutes[1]:.1f} minutes, {peak / 1e9:.1f} GB of memory"
     said = (
         f"At all {removal['positions']:,} test positions, the distribution after the removal is, bit for bit, that of "
         "a store that never held the owner.\n"
-        f"Measured by `silo quickstart` on {cores} cores, beside other work, twice: {minutes[0]:.1f} and {minutes[1]:.1f} minutes, {peak / 1e9:.1f} GB of memory; RESULTS.md says how."
+        f"Measured by `silo quickstart` on {cores} cores, beside other work, twice: {took}; RESULTS.md says how."
     )
     return f"{head}{BEGIN}\n\n{table}\n\n{said}\n\n{END}{tail}"
 
