@@ -185,6 +185,14 @@ def weights_from_json(value: Any, methods: Sequence[str], *, where: str) -> dict
         raise UsageError(
             f"{where} holds no weights for {', '.join(combinations(methods))}; make it with --fit and --save-weights"
         ) from None
+    for name, one in found.items():
+        values = list(one.by_method.values())
+        # Written so that a nan, which compares false with all, is refused too.
+        if not (min(values) >= 0 and abs(sum(values) - 1) <= 1e-9 and one.temperature > 0):
+            raise UsageError(
+                f"{where}: mixture {name!r} has weights {dict(one.by_method)} and temperature {one.temperature}; "
+                "expected weights from 0 that sum to 1, and a temperature above 0"
+            )
     return found
 
 

@@ -310,3 +310,14 @@ def test_a_store_of_another_model_is_refused(model, model_dir, control, test, va
     files = ["--data", write(tmp_path / "test.jsonl", test), "--fit", write(tmp_path / "val.jsonl", val)]
     result = run("--model", other, "--store", store.path, "--use", "lm,knn", *files)
     assert_error(result, 1, "holds keys of the model")
+
+
+@pytest.mark.parametrize(
+    ("lm", "knn", "temperature"), [(0.5, 0.6, 1), (1.5, -0.5, 1), (float("nan"), 1, 1), (0.5, 0.5, 0)]
+)
+def test_weights_that_are_none_are_refused(lm, knn, temperature):
+    """A file whose weights are negative, nan or do not sum to 1, or whose temperature is 0, is a UsageError."""
+    value = {"mixtures": {name: {"weights": {"lm": lm, "knn": knn}, "temperature": temperature} for name in ["lm+knn"]}}
+    value["mixtures"]["lm"] = {"weights": {"lm": 1.0}, "temperature": 1.0}
+    with pytest.raises(UsageError, match=r"w\.json: mixture 'lm\+knn'"):
+        measure.weights_from_json(value, ["lm", "knn"], where="w.json")
