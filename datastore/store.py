@@ -473,7 +473,7 @@ def receipt_row(shard: str, row: DocumentRow) -> dict[str, Any]:
 
 def read_trained_on(model_directory: Path) -> set[str]:
     """Content hashes of the documents that taught a model of ours; none for a model that does not say."""
-    from silo.language_model import TRAINED_ON
+    from silo.corpus import TRAINED_ON
 
     path = model_directory / TRAINED_ON
     if not path.is_file():

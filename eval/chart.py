@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from eval.markup import Html, count, escape, mixture_title, number, owners, visible
+from eval.terms import mixture_title, owners
+from silo.markup import Html, count, escape, number, visible
 
 HATCHES = {"lm": "", "lm+knn": "////", "lm+ric": "||||", "lm+ngram": "----", "all": "xxxx"}
 

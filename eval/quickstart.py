@@ -29,16 +29,18 @@ from eval import domains
 from eval.attribution import explain, most_gained, share_of
 from eval.domains import Domain, Result
 from eval.report import write_report
+from silo.audit import audit
+from silo.collect import collect
 from silo.config import build
-from silo.corpus import audit, collect
+from silo.distributions import download
 from silo.documents import Document, read_documents
 from silo.errors import SiloError, UsageError
 from silo.files import write_file, write_json
+from silo.findings import OUTCOMES
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 from silo.mixture import Mixture
 from silo.progress import progress_bar
-from silo.sources import download
 
 PLAN = Path(__file__).with_name("quickstart.yaml")
 PERMISSIVE = "permissive text"
@@ -177,8 +179,10 @@ def summarize_audit(run: Run) -> dict[str, Any]:
     found = audit(run.corpus, Tokenizer.from_file(str(run.model / "tokenizer.json")))
     sides: dict[str, Any] = {"permissive": [], "restricted": []}
     for row in found["licenses"]:
+        del row["by_owner"]
         sides["restricted" if row["tier"] == "restricted" else "permissive"].append(row)
-    return {**sides, "refused": found["refused"]}
+    outcomes = {outcome: found[outcome] for outcome in OUTCOMES}
+    return {**sides, "found": outcomes}
 
 
 def measure_removal(run: Run, model: LanguageModel, store: Store) -> dict[str, Any]:
@@ -252,7 +256,9 @@ def draw_domains(run: Run, mixture: Mixture) -> list[Domain]:
     for index, split in enumerate(("val", "test")):
         for document in read_documents(run.corpus / "restricted" / f"{split}.jsonl"):
             by_owner.setdefault(document.owner, ([], []))[index].append(document)
-    drawn = [Domain.draw(owner, by_owner[owner], mixture, budgets) for owner in sorted(by_owner)]
+    # A lone file that its own text restricts, out of a permissive package, makes no domain.
+    measured = sorted(owner for owner, (validation, test) in by_owner.items() if validation and test)
+    drawn = [Domain.draw(owner, by_owner[owner], mixture, budgets) for owner in measured]
     files = [
         [document for document in read_documents(run.corpus / "permissive" / f"{split}.jsonl") if not document.prompt]
         for split in ("val", "test")

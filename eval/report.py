@@ -7,24 +7,21 @@ Where a claim can be worked out from the report's numbers and hashes it is, and 
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
 from eval.chart import chart_groups, draw_chart
-from eval.markup import (
-    METHODS,
+from eval.terms import METHODS, methods, mixture_title, mixtures, owners, ratio
+from silo.audit_page import TITLES
+from silo.files import write_file
+from silo.markup import (
     Html,
     count,
     join,
     label,
-    methods,
-    mixture_title,
-    mixtures,
     number,
-    owners,
+    page,
     probability,
-    ratio,
     section,
     size,
     some,
@@ -33,7 +30,6 @@ from eval.markup import (
     verdict,
     visible,
 )
-from silo.files import write_file
 
 NOTES = {
     "knn": "the nearest neighbours of its hidden state",
@@ -41,7 +37,6 @@ NOTES = {
     "ngram": "what follows the longest matching suffix",
 }
 CONTEXT_CHARACTERS = 320
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
@@ -51,20 +46,9 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 
 def render_html(report: dict[str, Any]) -> str:
     """The page of a report. Equal reports give equal pages, whatever the order of their keys."""
-    style = importlib.resources.files("eval").joinpath("report.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html('<meta name="color-scheme" content="light dark">'),
-        tag("title", f"SILO report · {headline(report)}"),
-        Html(f"<style>\n{style}</style>"),
-    )
     sections = [summary, training, perplexities, attribution, removal, limits]
     main = tag("main", *(section(report) for section in sections))
-    page = tag("html", head, tag("body", main, colophon(report)), lang="en")
-    return f"<!DOCTYPE html>\n{page}\n"
+    return page(f"SILO report · {headline(report)}", main, colophon(report))
 
 
 # What the page claims
@@ -179,10 +163,20 @@ def _audit(audit: dict[str, Any]) -> list[Html]:
         "Permissive: the weights may learn it": rows("permissive"),
         "Restricted: the store only": rows("restricted"),
     }
-    refused = [[each["reason"], number(each["documents"], 0), each["examples"][0]["id"]] for each in audit["refused"]]
-    why = {"Reason": "words", "Documents": "number", "For example": "words"}
     tables = [table("The audit: all that was collected, held-out text included", columns, groups)]
-    return tables + ([table("Refused", why, {"": refused})] if refused else [])
+    found = {
+        title: [
+            [
+                each["reason"],
+                number(each["documents"], 0),
+                f"{each['examples'][0]['id']}: {each['examples'][0]['detail']}",
+            ]
+            for each in audit["found"][outcome]
+        ]
+        for outcome, (title, _) in TITLES.items()
+    }
+    why = {"Reason": "words", "Documents": "number", "For example": "words"}
+    return tables + ([table("What the audit found", why, found)] if any(found.values()) else [])
 
 
 def _shards(report: dict[str, Any]) -> Html:

@@ -11,16 +11,24 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from silo import corpus as corpora
 from silo.cli import reports
 from silo.errors import UsageError
+from silo.findings import OUTCOMES
 from silo.licensing import DEFAULT_POLICY, load_policy
+
+TITLES = {
+    "restricted": "declared permissive, and restricted by what else is said of them",
+    "cut": "passages cut out",
+    "stricter": "in a stricter tier than was declared",
+    "refused": "refused",
+}
 
 
 def render(summary: dict[str, Any]) -> None:
-    """Show an audit to a person: what is there by tier and licence, and what was refused."""
+    """Show an audit to a person: what is there by tier and licence, and what was found on the way."""
     console = Console()
-    counts = [name for name in ("documents", "pairs", "characters", "tokens") if name in _first(summary["licenses"])]
+    names = ("documents", "pairs", "characters", "tokens", "tokenizer", "weights")
+    counts = [name for name in names if name in _first(summary["licenses"])]
     table = Table(title=escape(summary["corpus"]), title_justify="left")
     for name in ("tier", "license", *counts, "owners"):
         table.add_column(name, justify="right" if name in counts else "left", overflow="fold")
@@ -28,15 +36,19 @@ def render(summary: dict[str, Any]) -> None:
         numbers = [f"{line[name]:,}" for name in counts]
         table.add_row(line["tier"], escape(line["license"]), *numbers, escape(_some(line["owners"])))
     console.print(table)
-    if not summary["refused"]:
-        return
-    refused = Table(title="refused", title_justify="left")
+    for outcome in OUTCOMES:
+        if summary.get(outcome):
+            console.print(_findings(TITLES[outcome], summary[outcome]))
+
+
+def _findings(title: str, groups: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
     for name in ("reason", "documents", "for example"):
-        refused.add_column(name, justify="right" if name == "documents" else "left", overflow="fold")
-    for group in summary["refused"]:
+        table.add_column(name, justify="right" if name == "documents" else "left", overflow="fold")
+    for group in groups:
         example = group["examples"][0]
-        refused.add_row(group["reason"], f"{group['documents']:,}", escape(f"{example['id']}: {example['detail']}"))
-    console.print(refused)
+        table.add_row(group["reason"], f"{group['documents']:,}", escape(f"{example['id']}: {example['detail']}"))
+    return table
 
 
 def _first(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -57,23 +69,36 @@ def corpus() -> None:
     """
 
 
+PATH = click.Path(path_type=Path)
+
+
 @corpus.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to make.")
-@click.option("--policy", type=click.Path(path_type=Path), help="YAML with tiers by licenses, owners or sources.")
+@click.option("--out", type=PATH, required=True, help="Directory to make.")
+@click.option(
+    "--policy",
+    type=PATH,
+    help="YAML: tiers by licenses, owners or sources, and evidence; or `olc`, the reading of SILO's paper.",
+)
+@click.option("--recipe", type=PATH, help="YAML: fields and licences of hf: and Parquet sources.")
+@click.option("--against", multiple=True, metavar="SOURCE", help="Evaluation text that training text must not repeat.")
 @click.option("--pairs", is_flag=True, help="Add text pairs: signature and docstring, body.")
-@click.option("--downloads", type=click.Path(path_type=Path), help="Where archives from PyPI are kept and looked for.")
+@click.option("--downloads", type=PATH, help="Where archives from PyPI are kept and looked for.")
 @reports(render)
-def collect(
-    sources: tuple[str, ...], out: Path, policy: Path | None, pairs: bool, downloads: Path | None
-) -> dict[str, Any]:
+def collect(sources: tuple[str, ...], out: Path, policy: Path | None, **options: Any) -> dict[str, Any]:
     """Read each SOURCE and write its documents, sorted by licence, to --out.
 
-    SOURCE is a .jsonl, .jsonl.gz or .jsonl.zst file, hf:NAME (a data set of the Hugging Face hub, or a directory),
-    python:PKG (installed here) or pypi:PKG==VERSION#sha256=HEX (downloaded as data, never installed).
+    SOURCE is a .jsonl, .parquet or text file (plain, .gz or .zst), a directory of such files, hf:NAME or
+    hf:NAME#CONFIG (a data set of the Hugging Face hub, or a directory), python:PKG (installed here) or
+    pypi:PKG==VERSION#sha256=HEX (downloaded as data, never installed).
+
+    A document whose own text, or a licence file beside it, states a stricter licence than is declared, goes by the
+    stricter. Passages that a permissive document shares with restricted text are cut out of it. All is listed.
 
         silo corpus collect python:rich python:click notes.jsonl --out corpus
     """
+    from silo.collect import collect as run
+
     rules = load_policy(policy) if policy is not None else DEFAULT_POLICY
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,} documents"), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -81,24 +106,50 @@ def collect(
         tasks = {source: bars.add_task(escape(source), total=None, start=False) for source in sources}
 
         def progress(source: str, documents: int) -> None:
+            if source not in tasks:
+                tasks[source] = bars.add_task(escape(source), total=None, start=False)
             if documents == 1:
                 bars.start_task(tasks[source])
             bars.update(tasks[source], completed=documents)
 
-        summary = corpora.collect(list(sources), out, policy=rules, pairs=pairs, downloads=downloads, progress=progress)
+        summary = run(list(sources), out, policy=rules, progress=progress, **options)
     return {"corpus": str(out), **summary}
 
 
 @corpus.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--model", type=click.Path(path_type=Path), help="Directory with a tokenizer.json: count tokens too.")
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.option("--model", type=PATH, help="Directory with a tokenizer.json: count tokens too.")
+@click.option("--html", type=PATH, help="Write the audit as one self-contained page, with all evidence.")
 @reports(render)
-def audit(directory: Path, model: Path | None) -> dict[str, Any]:
-    """Read the corpus in DIR, check every checksum, and count documents by tier and licence.
+def audit(directory: Path, model: Path | None, html: Path | None) -> dict[str, Any]:
+    """Read the corpus in DIR, check every checksum, and count documents by tier, licence and owner.
 
-    silo corpus audit corpus --model model
+    Of a model of ours in DIR it lists the documents that taught it, by licence.
+
+        silo corpus audit corpus --model model --html audit.html
     """
-    return {"corpus": str(directory), **corpora.audit(directory, _tokenizer(model) if model is not None else None)}
+    from silo.audit import audit as run
+
+    if html is not None and not html.parent.is_dir():
+        raise UsageError(f"{html.parent} does not exist; --html wants a file in a directory that does")
+    summary = {"corpus": str(directory), **run(directory, _tokenizer(model) if model is not None else None)}
+    if html is not None:
+        _write_page(summary, directory, html)
+    return summary
+
+
+def _write_page(summary: dict[str, Any], directory: Path, html: Path) -> None:
+    from silo.audit import read_findings
+    from silo.audit_page import render_audit
+    from silo.files import write_file
+
+    if not (directory / "audit.json").is_file():
+        raise UsageError(f"{directory} has no audit.json; --html wants the directory that `silo corpus collect` made")
+    findings: dict[str, list[dict[str, str]]] = {}
+    for finding in read_findings(directory):
+        row = {"id": finding.id, "reason": finding.reason, "detail": finding.detail}
+        findings.setdefault(finding.outcome, []).append(row)
+    write_file(html, render_audit(summary, findings).encode())
 
 
 def _tokenizer(model: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from silo.errors import IntegrityError, StoreError, UsageError
+from silo.errors import DataError, IntegrityError, StoreError, UsageError
 
 
 def canonical_json(value: Any) -> bytes:
@@ -109,6 +109,27 @@ def read_json(path: Path) -> Any:
         raise IntegrityError(f"{path} is not valid JSON ({error}); restore it from a backup") from None
 
 
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its own digest in it, so that it vouches for itself."""
+    return {**record, "digest": sha256(canonical_json(record))}
+
+
+def read_sealed(path: Path, format: int) -> dict[str, Any]:
+    """Read a file that :func:`sealed` made.
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: a byte of it was changed.
+        DataError: another version of SILO wrote it.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or sealed({k: v for k, v in record.items() if k != "digest"}) != record:
+        raise IntegrityError(f"{path} is damaged: it does not have the digest that it states; make it again")
+    if record.get("format") != format:
+        raise DataError(f"{path} has format {record.get('format')!r}, this version reads {format}; make it again")
+    return record
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames and removals in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -125,15 +146,15 @@ def remove_tree(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a file lock for one writer. The kernel frees it when the process dies, however it dies.
 
     Raises:
-        StoreError: another process holds it.
+        StoreError: another process holds it, and ``wait`` is not set.
     """
     with open(path, "a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise StoreError(f"{path.parent} is being written by another process; try again when it is done") from None
         yield

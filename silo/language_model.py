@@ -25,8 +25,6 @@ MAX_CONTEXT = 1024
 """Inputs a window at most, in tokens, however many a model could read."""
 REQUIRED = ("config.json", "tokenizer.json")
 FINGERPRINTED = (*REQUIRED, "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-TRAINED_ON = "trained_on.jsonl"
-"""Beside our weights: one row for each document that taught them, with licence and hash, without text."""
 
 
 @dataclass(frozen=True, slots=True)

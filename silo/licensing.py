@@ -27,7 +27,7 @@ from silo.errors import UsageError
 NO_LICENSE = "NOASSERTION"
 """SPDX's word for a licence that nobody stated, or that nobody can read."""
 
-RULES = 1
+RULES = 2
 """Version of the reading below. It is part of every policy's fingerprint, so that a changed reading shows."""
 
 
@@ -43,6 +43,8 @@ class Tier(enum.Enum):
     """Attribution licences of texts and data: name the author wherever the text shows."""
     RESTRICTED = "restricted"
     """All else, known or unknown. It may be read from a store, and never trains a weight."""
+    REFUSED = "refused"
+    """What a policy keeps out of everything: neither weights nor store."""
 
     def __lt__(self, other: object) -> bool:
         if not isinstance(other, Tier):
@@ -53,7 +55,7 @@ class Tier(enum.Enum):
     @property
     def permissive(self) -> bool:
         """Whether the weights may learn from it."""
-        return self is not Tier.RESTRICTED
+        return self < Tier.RESTRICTED
 
 
 class Licensed(Protocol):
@@ -83,6 +85,9 @@ class Policy:
     licenses: tuple[tuple[str, Tier], ...] = ()
     owners: tuple[tuple[str, Tier], ...] = ()
     sources: tuple[tuple[str, Tier], ...] = ()
+    evidence: tuple[tuple[str, str, str], ...] = ()
+    """What is said elsewhere of a source, as (pattern, licence, where it is said). It is no rule: a licence that is
+    stricter than the declared one counts, as if a file beside the documents said so."""
 
     def tier(self, document: Licensed) -> Tier:
         """The tier of a document. Unknown, missing and unparsable licences are restricted."""
@@ -100,10 +105,21 @@ class Policy:
         matches = [tier for pattern, tier in rules if pattern == name or (" " not in name and _matches(name, pattern))]
         return max(matches, default=None)
 
-    def to_json(self) -> dict[str, dict[str, str]]:
+    def read_license(self, raw: str) -> str:
+        """A licence as it is declared: SPDX, or what the policy has a rule for, stays; another name is read as SPDX."""
+        if self.license_rule(raw) is not None or is_spdx(raw):
+            return raw
+        known = normalize_license(raw)
+        return raw if known == NO_LICENSE else known
+
+    def to_json(self) -> dict[str, Any]:
         """The mapping that :meth:`from_json` reads back, and that a policy file holds."""
         kinds = {"licenses": self.licenses, "owners": self.owners, "sources": self.sources}
-        return {kind: {name: tier.value for name, tier in rules} for kind, rules in kinds.items()}
+        rules: dict[str, Any] = {kind: {name: tier.value for name, tier in rules} for kind, rules in kinds.items()}
+        evidence: dict[str, list[dict[str, str]]] = {}
+        for source, license, where in self.evidence:
+            evidence.setdefault(source, []).append({"license": license, "where": where})
+        return {**rules, "evidence": evidence}
 
     @classmethod
     def from_json(cls, record: object, *, where: str) -> Policy:
@@ -111,9 +127,10 @@ class Policy:
         if not isinstance(record, Mapping):
             raise UsageError(f"{where}: a {type(record).__name__}, expected a mapping of licenses, owners, sources")
         for kind in record:
-            if kind not in ("licenses", "owners", "sources"):
-                raise UsageError(f"{where}: unknown key {kind!r}; expected licenses, owners or sources")
-        return cls(**{str(kind): _rules(rules, where=f"{where}: {kind}") for kind, rules in record.items()})
+            if kind not in ("licenses", "owners", "sources", "evidence"):
+                raise UsageError(f"{where}: unknown key {kind!r}; expected licenses, owners, sources or evidence")
+        rules = {kind: _rules(record[kind], where=f"{where}: {kind}") for kind in record if kind != "evidence"}
+        return cls(**rules, evidence=_evidence(record.get("evidence", {}), where=f"{where}: evidence"))
 
     @property
     def fingerprint(self) -> str:
@@ -126,10 +143,20 @@ DEFAULT_POLICY = Policy()
 """The tables alone."""
 
 
+OPEN_LICENSE_CORPUS = "olc"
+"""Names the policy that comes with SILO: the reading of its paper, which takes CC-BY-SA for an attribution licence."""
+
+
 def load_policy(path: Path) -> Policy:
-    """Read a policy from YAML. Raises :class:`UsageError` if it is missing, not YAML, or says what no policy can."""
+    """Read a policy from YAML, or the one that is named ``olc``.
+
+    Raises:
+        UsageError: it is missing, not YAML, or says what no policy can.
+    """
     import yaml
 
+    if str(path) == OPEN_LICENSE_CORPUS and not path.exists():
+        path = Path(__file__).with_name("open_license_corpus.yaml")
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,6 +174,18 @@ def _rules(rules: object, *, where: str) -> tuple[tuple[str, Tier], ...]:
         if not isinstance(tier, str) or tier not in tiers:
             raise UsageError(f"{where}: {name!r} has tier {tier!r}, expected one of {', '.join(tiers)}")
     return tuple(sorted((str(name), tiers[tier]) for name, tier in rules.items()))
+
+
+def _evidence(record: object, *, where: str) -> tuple[tuple[str, str, str], ...]:
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{where}: a {type(record).__name__}, expected a mapping from sources to what is said of them")
+    found = []
+    for source, claims in record.items():
+        for claim in claims if isinstance(claims, list) else [claims]:
+            if not isinstance(claim, Mapping) or set(claim) != {"license", "where"}:
+                raise UsageError(f"{where}: {source!r} has {claim!r}, expected a licence and where it is said")
+            found.append((str(source), str(claim["license"]), str(claim["where"])))
+    return tuple(sorted(found))
 
 
 # --- SPDX expressions -------------------------------------------------------------------------------------------------
@@ -196,6 +235,12 @@ def tier_of(license: str, policy: Policy = DEFAULT_POLICY) -> Tier:
         return whole
     expression = _parse(license.strip())
     return Tier.RESTRICTED if expression is None else _tier_of_expression(expression, policy)
+
+
+def is_spdx(license: str) -> bool:
+    """Whether a string is an SPDX expression of licences that are known."""
+    expression = _parse(license.strip()) if license.strip() else None
+    return expression is not None and not _licensing().unknown_license_keys(expression)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -336,12 +381,12 @@ _GNU = re.compile(
     r"(?: ?(?P<number>[123])(?:\.(?P<minor>[01]))?)?(?P<later> ?\+| or (?:later|newer|greater|any later))?"
 )
 
-_GRANT = re.compile(
+GRANT = re.compile(
     r"Permission\s+is\s+hereby\s+granted,\s+free\s+of\s+charge|Redistribution\s+and\s+use\s+in\s+source\s+and\s+binary"
 )
 """How the texts of MIT's and BSD's licences begin."""
 
-_COPYLEFT = re.compile(
+COPYLEFT = re.compile(
     r"\b[AL]?GPL(?:\b|v?\d)|\bGNU\s+(?:\w+\s+){0,3}(?:General\s+Public|Free\s+Documentation)|(?-i:\bMPL\b)"
     r"|Mozilla\s+Public\s+Licen|Eclipse\s+Public\s+Licen|Common\s+Development\s+and\s+Distribution\s+Licen"
     r"|European\s+Union\s+Public\s+Licen|Server\s+Side\s+Public\s+Licen|Share-?\s?Alike|non-?\s?commercial"
@@ -358,11 +403,10 @@ def normalize_license(raw: str) -> str:
     what MIT and BSD grant and nothing in it speaks of copyleft. What is not in the tables is not guessed.
     """
     text = raw.strip()
-    expression = _parse(text) if text else None
-    if expression is not None and not _licensing().unknown_license_keys(expression):
-        return expression.render()
+    if is_spdx(text):
+        return _parse(text).render()
     if "\n" in text:
-        plain = _GRANT.search(text) and not _COPYLEFT.search(text)
+        plain = GRANT.search(text) and not COPYLEFT.search(text)
         return normalize_license(text.partition("\n")[0]) if plain else NO_LICENSE
     classifier = text.startswith("License ::")
     if classifier:
@@ -382,7 +426,7 @@ def declared_license(expression: str, license: str, classifiers: Iterable[str]) 
     names = [normalize_license(expression)] if _stated(expression) else []
     if _stated(license):
         name = normalize_license(license)
-        if name != NO_LICENSE or "\n" not in license.strip() or _COPYLEFT.search(license):
+        if name != NO_LICENSE or "\n" not in license.strip() or COPYLEFT.search(license):
             names.append(name)
     telling = {c for c in classifiers if c.startswith("License ::") and c != "License :: OSI Approved"}
     names += sorted(normalize_license(classifier) for classifier in telling)
@@ -422,78 +466,3 @@ def _several(text: str) -> str:
             known = all(name != NO_LICENSE for name in names)
             return f" {operator} ".join(f"({name})" if " " in name else name for name in names) if known else NO_LICENSE
     return NO_LICENSE
-
-
-# --- notices in files -------------------------------------------------------------------------------------------------
-
-_HEAD_CHARACTERS = 3000
-"""Notices stand at the head of a file; further down, a licence's name is more often the file's subject."""
-
-_SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*(?P<expression>[^\n]*?)[ \t]*(?:\*/|-->|[\"']{1,3}|$)")
-
-_LICENSE_VARIABLE = re.compile(r"__licen[sc]e__\s*=\s*[\"'](?P<name>[^\"'\n]+)")
-
-_NOTICE = re.compile(
-    r"GNU\s+(?:\w+\s+){0,3}(?:General\s+Public|Free\s+Documentation)\s+Licen[sc]e"
-    r"|(?:licen[sc]ed?|terms|released|distributed|available|covered)\b[^.;]{0,60}?\b(?:(?:[AL]?GPL|MPL)(?:\b|v?\d))"
-    r"|(?:Mozilla|Eclipse|European\s+Union|Server\s+Side|Common)\s+Public\s+Licen[sc]e"
-    r"|Common\s+Development\s+and\s+Distribution\s+Licen[sc]e|Business\s+Source\s+Licen[sc]e|\bCommons\s+Clause"
-    r"|\bCC[- ]BY[- ](?:NC|SA|ND)\b|Attribution-?\s?(?:Share-?\s?Alike|Non-?Commercial|No-?Deriv)"
-    r"|proprietary\s+and\s+confidential|confidential\s+and\s+proprietary"
-    r"|unauthori[sz]ed\s+(?:copying|use|reproduction|distribution)"
-    r"|for\s+(?:non-?commercial|academic|research)\s+(?:use|purposes?)\s+only",
-    re.IGNORECASE,
-)
-
-
-def notice_in(text: str) -> str | None:
-    """The line at the head of a source file that puts it under a restricted licence, if there is one.
-
-    It reads comments and docstrings within the first 3,000 characters, and ``__license__``: a package may *list*
-    licences in its code without being under them. Errors fall on the safe side: a header that merely mentions the GPL
-    drops its file. "All rights reserved" is no notice here, since the permissive BSD headers carry it too; to tell
-    those apart takes the whole header, and is left to the evidence check of the corpus audit.
-    """
-    head = text[:_HEAD_CHARACTERS]
-    lines = head.splitlines()
-    variable = next((match for line in lines if (match := _LICENSE_VARIABLE.match(line))), None)
-    if variable is not None and _names_restriction(variable["name"]):
-        return variable.string.strip()
-    header = _header_lines(lines)
-    for number, line in enumerate(header):
-        tag = _SPDX_TAG.search(line)
-        if tag is not None:
-            if not tier_of(tag["expression"]).permissive:
-                return lines[number].strip()
-            header[number] = ""
-    match = _NOTICE.search("\n".join(header))
-    if match is None:
-        return None
-    return lines[match.string.count("\n", 0, match.start())].strip()
-
-
-def _names_restriction(name: str) -> bool:
-    expression = normalize_license(name)
-    return not tier_of(expression).permissive if expression != NO_LICENSE else bool(_COPYLEFT.search(name))
-
-
-def _header_lines(lines: list[str]) -> list[str]:
-    """The lines with their comment signs taken off, and every line of code made empty.
-
-    Empty lines keep the numbering, and keep a phrase from being pieced together across code.
-    """
-    header = []
-    quote, told = "", False  # the open triple quote, and whether it opened a docstring or a string in code
-    for line in lines:
-        text = line.strip()
-        if quote:
-            header.append(text if told else "")
-            quote = "" if quote in text else quote
-            continue
-        opening = re.match(r"[rRuU]?(\"\"\"|''')", text)
-        comment = text.startswith(("#", "//", "/*", "*", "--", ";", "%", "<!--", ".. "))
-        header.append(text.lstrip("#/*-;%<!. ") if comment else text if opening else "")
-        if not comment:
-            odd = [sign for sign in ('"""', "'''") if text.count(sign) % 2]
-            quote, told = (odd[0], opening is not None) if odd else ("", False)
-    return header

@@ -1,91 +1,108 @@
-"""Where documents come from: JSON Lines, the Hugging Face loader, and Python distributions, installed or on PyPI.
+"""Where documents come from: files, directories, the Hugging Face loader, and Python distributions.
 
-A distribution is data here. Its files are read from disk or out of the archive in memory; nothing of it is imported,
-built or executed. What a source cannot give as a document is refused with a reason, never dropped in silence.
+What a source cannot give as a document is noted with a reason, never dropped in silence.
 """
 
 from __future__ import annotations
 
-import email
-import email.message
-import email.utils
-import importlib.metadata
 import io
 import re
-import subprocess
-import sys
-import tarfile
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
-from silo.documents import Document, document_from_record, parse_document, read_documents
+from silo.documents import NO_LICENSE, Document, parse_document, read_documents
 from silo.errors import DataError, UsageError
-from silo.files import sha256
-from silo.licensing import NO_LICENSE, declared_license, normalize_license, notice_in, tier_of
+from silo.findings import Finding, Note
+from silo.hub import Recipe, document_of_row, hub_documents, load_recipe
 
-SHORTEST_CHARACTERS, LONGEST_CHARACTERS = 200, 200_000
-"""Python files outside these bounds are refused: stubs on one side, tables and generated code on the other."""
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".adoc", ".tex", ".html", ".py", ".c", ".h", ".js", ".go", ".rs", ".java")
+"""Endings of files that are one document each."""
+_COMPRESSED = (".gz", ".zst")
+_LICENSE_NAMES = re.compile(r"(?:un)?(?:licen[sc]e|copying|copyright)(?:[.-][\w.-]*)?", re.IGNORECASE)
 
-_VENDORED = frozenset({"_vendor", "_vendored", "vendor", "vendored", "third_party", "extern", "externals"})
-"""Directories in which a distribution carries another's code, under a licence that its own metadata does not name."""
 
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What did not become a document, and why."""
-
-    id: str
-    reason: str
-    """One of a few, so that an audit can count them."""
-    detail: str = ""
-    """The evidence: the offending line, the other document's id."""
+def _ignore(finding: Finding) -> None:
+    """What becomes of findings that nobody asked for."""
 
 
 def open_source(
-    spec: str, *, downloads: Path | None = None, refusals: list[Refusal] | None = None
+    spec: str, *, downloads: Path | None = None, findings: Note = _ignore, recipe: Path | None = None
 ) -> Iterator[Document]:
     """Read the documents of one SOURCE.
 
     Args:
-        spec: a ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` file, ``hf:NAME``, ``python:PKG``, or
-            ``pypi:PKG==VERSION``, better with ``#sha256=HEX`` behind it.
+        spec: a file (``.jsonl``, ``.parquet`` or text, plain or ``.gz`` or ``.zst``), a directory of such files,
+            ``hf:NAME`` or ``hf:NAME#CONFIG``, ``python:PKG``, or ``pypi:PKG==VERSION``, better with ``#sha256=HEX``.
         downloads: where archives from PyPI are kept, and looked for before the registry is asked.
-        refusals: takes what was refused, while the documents are read.
+        findings: takes what was refused, while the documents are read.
+        recipe: how rows of Parquet files and data sets become documents; see :mod:`silo.hub`.
 
     Raises:
         UsageError: no such source.
         DataError: the source is there, and cannot be read as what it should be.
     """
-    refused = [] if refusals is None else refusals
     kind, colon, name = spec.partition(":")
     if colon and kind == "hf":
-        return _hub_documents(name)
-    if colon and kind == "python":
-        return _distribution_documents("python", _installed(name), refused)
-    if colon and kind == "pypi":
-        return _distribution_documents("pypi", _published(name, downloads), refused)
-    return _file_documents(Path(spec))
+        return hub_documents(name, load_recipe(recipe, name), findings)
+    if colon and kind in ("python", "pypi"):
+        from silo.distributions import distribution_documents, installed, published
+
+        found = installed(name) if kind == "python" else published(name, downloads)
+        return distribution_documents(kind, found, findings)
+    path = Path(spec)
+    rows = load_recipe(recipe, "")
+    return _directory_documents(path, rows, findings) if path.is_dir() else _file_documents(path, rows, findings)
 
 
-# --- JSON Lines -------------------------------------------------------------------------------------------------------
+def _directory_documents(root: Path, recipe: Recipe, findings: Note) -> Iterator[Document]:
+    """Every file below a directory that is of a kind we read, in the order of their names, licence files included."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.endswith(".license")]
+    known = [path for path in files if _kind(path) or _LICENSE_NAMES.fullmatch(path.name)]
+    for path in files:
+        if path not in known:
+            findings(
+                Finding(str(path.relative_to(root)), f"a file of a kind that is not read: {path.suffix or 'none'}")
+            )
+    if not known:
+        raise DataError(f"{root} holds no file that can be read; expected .jsonl, .parquet or text files")
+    for path in known:
+        if _kind(path) in (".jsonl", ".parquet"):
+            yield from _file_documents(path, recipe, findings)
+        else:
+            yield from _text_document(path, path.relative_to(root).as_posix(), str(root), findings)
 
 
-def _file_documents(path: Path) -> Iterator[Document]:
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        raise UsageError(f"{path} is no source; expected a .jsonl[.gz|.zst] file, hf:NAME, python:PKG or pypi:PKG==V")
-    return read_documents(path) if path.suffix == ".jsonl" else _compressed_documents(path)
+def _kind(path: Path) -> str:
+    """The ending of a file, with the compression taken off, if it is one of those that are read."""
+    name = path.name.removesuffix(path.suffix) if path.suffix in _COMPRESSED else path.name
+    suffix = Path(name).suffix
+    return suffix if suffix in (".jsonl", ".parquet", *TEXT_SUFFIXES) else ""
+
+
+def _file_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[Document]:
+    kind = _kind(path)
+    if kind == ".parquet":
+        return _parquet_documents(path, recipe, findings)
+    if kind == ".jsonl":
+        return read_documents(path) if path.suffix == ".jsonl" else _compressed_documents(path)
+    if kind:
+        _require_file(path, "a text file")
+        return _text_document(path, path.name, str(path), findings)
+    raise UsageError(
+        f"{path} is no source; expected a .jsonl[.gz|.zst], .parquet or text file, a directory of them, hf:NAME, "
+        "python:PKG or pypi:PKG==V"
+    )
+
+
+def _require_file(path: Path, wanted: str) -> None:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file; expected {wanted}")
 
 
 def _compressed_documents(path: Path) -> Iterator[Document]:
     import pyarrow
 
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist or is not a file; expected JSON Lines, one document a line")
+    _require_file(path, "JSON Lines, one document a line")
     number = 0
     lines = enumerate(io.BufferedReader(pyarrow.input_stream(str(path))), start=1)
     while True:
@@ -101,261 +118,44 @@ def _compressed_documents(path: Path) -> Iterator[Document]:
         raise DataError(f"{path} holds no document; expected JSON Lines with at least one")
 
 
-# --- the Hugging Face loader ------------------------------------------------------------------------------------------
+def _parquet_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    _require_file(path, "a Parquet file")
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield document_of_row(row, recipe, name=path.name, default_id=str(number))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}); fetch it again") from None
 
 
-def _hub_documents(name: str) -> Iterator[Document]:
-    """All splits of a data set, as a stream; a directory of data files will do as NAME."""
-    import datasets
+# --- text files -------------------------------------------------------------------------------------------------------
+
+_REUSE_TAG = re.compile(r"SPDX-(License-Identifier|FileCopyrightText):[ \t]*([^\n]*?)[ \t]*(?:\*/|-->|$)", re.MULTILINE)
+_YEARS = re.compile(r"^(?:copyright|©|\(c\)|[\d\s,-])+|\s*<[^>]*>", re.IGNORECASE)
+
+
+def _text_document(path: Path, id: str, source: str, findings: Note) -> Iterator[Document]:
+    """A file as one document. Licence and owner are those of its SPDX tags, or of a ``.license`` file beside it, as the
+    REUSE specification has it; without them it is of unknown licence, and restricted."""
+    import pyarrow
 
     try:
-        splits = datasets.load_dataset(name, streaming=True)
-        for split in sorted(splits):
-            for number, row in enumerate(splits[split]):
-                yield _document_of_row(row, name=name, default_id=f"{split}/{number}")
-    except DataError:
-        raise
-    except Exception as error:
-        # The loader raises whatever its readers, the hub's client and the network raise.
-        raise DataError(f"hf:{name} cannot be read: {error}; check the name, or give a local directory") from None
-
-
-def _document_of_row(row: Mapping[str, Any], *, name: str, default_id: str) -> Document:
-    """Map a row by the usual names of its fields; Common Pile keeps the licence in a ``metadata`` of its own."""
-    metadata = row["metadata"] if isinstance(row.get("metadata"), Mapping) else {}
-    fields = {**metadata, **{key: value for key, value in row.items() if value is not None}}
-    raw = fields.get("license") or ""
-    known = normalize_license(raw) if isinstance(raw, str) else raw
-    body = {key: fields[key] for key in ("text", "prompt", "completion") if key in fields}
-    record = {
-        **body,
-        "id": f"hf:{name}/{fields.get('id') or default_id}",
-        "license": raw if known == NO_LICENSE else known,
-        "owner": fields.get("owner") or fields.get("author"),
-        "source": fields.get("source") or f"hf:{name}",
-        "title": fields.get("title"),
-    }
-    return document_from_record(record, where=f"hf:{name}, {default_id}")
-
-
-# --- Python distributions ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Distribution:
-    """A distribution's declared rights, and a way to its files."""
-
-    metadata: email.message.Message
-    files: dict[str, Callable[[], bytes]]
-    """Path within the distribution → its bytes."""
-
-    def field(self, name: str) -> str:
-        return str(self.metadata.get(name) or "").strip()
-
-    @property
-    def license(self) -> str:
-        classifiers = [str(value) for value in self.metadata.get_all("Classifier") or []]
-        return declared_license(self.field("License-Expression"), self.field("License"), classifiers)
-
-    @property
-    def owner(self) -> str:
-        """The author, else the maintainer, else the distribution itself: names, never addresses."""
-        for role in ("Author", "Maintainer"):
-            name = re.sub(r"\s*<[^>]*>", "", self.field(role)).strip()
-            if name and name.upper() != "UNKNOWN" and not re.fullmatch(r"\S+@\S+", name):
-                return name
-            addresses = email.utils.getaddresses([self.field(f"{role}-email")])
-            names = [name for name, _ in addresses if name and name.upper() != "UNKNOWN"]
-            if names:
-                return ", ".join(names)
-        return self.field("Name")
-
-
-def _distribution_documents(kind: str, distribution: _Distribution, refusals: list[Refusal]) -> Iterator[Document]:
-    name, version = distribution.field("Name"), distribution.field("Version")
-    license, owner = distribution.license, distribution.owner
-    for path in sorted(distribution.files):
-        id = f"{kind}:{name}/{path}"
-        try:
-            data = distribution.files[path]()
-        except FileNotFoundError:
-            refusals.append(Refusal(id, "listed by the distribution, and not there"))
-            continue
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-            raise DataError(
-                f"{kind}:{name}=={version}: {path} is damaged in the archive ({error}); fetch it again"
-            ) from None
-        text = _source_text(path, data, license)
-        if isinstance(text, str):
-            source = f"{kind}:{name}=={version}"
-            yield Document(id=id, text=text, license=license, owner=owner, source=source, title=path)
-        else:
-            refusals.append(Refusal(id, *text))
-
-
-def _source_text(path: str, data: bytes, license: str) -> str | tuple[str, str]:
-    """The text of a Python file, or the reason and the evidence for refusing it."""
-    if _VENDORED.intersection(PurePosixPath(path).parts):
-        return "vendored: another's code, whose licence the distribution does not declare", path
-    try:
-        text = data.decode("utf-8")
+        data = pyarrow.input_stream(str(path)).read() if path.suffix in _COMPRESSED else path.read_bytes()
+        text = data.decode("utf-8-sig")
+        sidecar = path.with_name(path.name + ".license")
+        tags = dict(_REUSE_TAG.findall(sidecar.read_text("utf-8") if sidecar.is_file() else text[:3000]))
     except UnicodeDecodeError as error:
-        return "not UTF-8", str(error)
-    if len(text) < SHORTEST_CHARACTERS:
-        return f"under {SHORTEST_CHARACTERS} characters", str(len(text))
-    if len(text) > LONGEST_CHARACTERS:
-        return f"over {LONGEST_CHARACTERS} characters", str(len(text))
-    notice = notice_in(text) if tier_of(license).permissive else None
-    return text if notice is None else ("a restricted notice in a permissive distribution", notice)
-
-
-def _python_files(names: Iterable[str], *, where: str) -> list[str]:
-    found = [name for name in names if name.endswith(".py") and ".." not in PurePosixPath(name).parts]
-    if not found:
-        raise DataError(f"{where} holds no .py file; leave it out, or name the distribution that holds the code")
-    return found
-
-
-def _installed(name: str) -> _Distribution:
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        raise UsageError(f"python:{name}: not installed here; install it, or use pypi:{name}==VERSION") from None
-    listed = {file.as_posix(): file for file in distribution.files or ()}
-    files = {path: listed[path].read_binary for path in _python_files(listed, where=f"python:{name}")}
-    metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-    return _Distribution(email.message_from_string(metadata), dict(files))
-
-
-# --- PyPI -------------------------------------------------------------------------------------------------------------
-
-_PINNED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?")
-
-
-@dataclass(frozen=True, slots=True)
-class _Pin:
-    name: str
-    version: str
-    sha256: str | None
-
-    def __str__(self) -> str:
-        return f"pypi:{self.name}=={self.version}"
-
-    def accepts(self, filename: str) -> bool:
-        """Whether an archive's name says that it is this version of this distribution."""
-        stem = filename.removesuffix(".whl").removesuffix(".tar.gz")
-        if stem == filename:
-            return False
-        name, version = stem.split("-")[:2] if filename.endswith(".whl") else stem.rpartition("-")[::2]
-        return _canonical(name) == _canonical(self.name) and version == self.version
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def download(spec: str, directory: Path) -> None:
-    """See to it that the archive of a ``pypi:`` source lies in a directory. Raises as :func:`open_source` does."""
-    _archive(spec.removeprefix("pypi:"), directory)
-
-
-def _archive(name: str, downloads: Path | None) -> tuple[str, bytes]:
-    match = _PINNED.fullmatch(name)
-    if match is None:
-        raise UsageError(f"pypi:{name}: expected pypi:NAME==VERSION, or pypi:NAME==VERSION#sha256= and 64 hex digits")
-    pin = _Pin(**match.groupdict())
-    archive = _find_archive(pin, downloads) if downloads is not None and downloads.is_dir() else None
-    return archive or _download(pin, downloads)
-
-
-def _published(name: str, downloads: Path | None) -> _Distribution:
-    filename, data = _archive(name, downloads)
-    return _read_wheel(data, where=filename) if filename.endswith(".whl") else _read_sdist(data, where=filename)
-
-
-def _find_archive(pin: _Pin, directory: Path) -> tuple[str, bytes] | None:
-    """The archive of a pin in a directory, a wheel before an sdist; :class:`DataError` if its hash is another."""
-    candidates = sorted(
-        (path for path in directory.iterdir() if pin.accepts(path.name)),
-        key=lambda path: (path.suffix != ".whl", path.name),
-    )
-    for path in candidates:
-        data = path.read_bytes()
-        if pin.sha256 in (None, sha256(data)):
-            return path.name, data
-    if not candidates:
-        return None
-    found = sha256(candidates[0].read_bytes())
-    raise DataError(
-        f"{candidates[0]} has sha256 {found}, {pin} is pinned to {pin.sha256}; delete the file or mend the pin"
-    )
-
-
-def _download(pin: _Pin, downloads: Path | None) -> tuple[str, bytes]:
-    """Fetch a wheel through pip. An sdist is read if it lies in ``downloads``, and never fetched.
-
-    pip asks an sdist's own build script for its metadata, even on ``pip download``; that would run the package.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        requirements = Path(temporary) / "requirements.txt"
-        hashed = f" --hash=sha256:{pin.sha256}" if pin.sha256 else ""
-        requirements.write_text(f"{pin.name}=={pin.version}{hashed}\n")
-        target = Path(temporary) if downloads is None else downloads
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-        command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(target)]
-        command += ["--require-hashes"] if pin.sha256 else []
-        result = subprocess.run([*command, "-r", str(requirements)], capture_output=True, text=True, check=False)
-        archive = _find_archive(pin, target) if result.returncode == 0 else None
-    if archive is None:
-        raise DataError(_no_download(pin, downloads, result.stderr))
-    return archive
-
-
-def _no_download(pin: _Pin, downloads: Path | None, stderr: str) -> str:
-    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    reason = errors[-1] if errors else (stderr.strip().splitlines() or ["no archive came"])[-1]
-    files = f"{pin.name}-{pin.version}-*.whl or {pin.name}-{pin.version}.tar.gz"
-    hashed = f" (sha256 {pin.sha256})" if pin.sha256 else ""
-    where = "a directory, name it with --downloads" if downloads is None else str(downloads)
-    return f"{pin}: pip could not fetch a wheel ({reason}); put {files}{hashed} into {where}, and run this again"
-
-
-def _read_wheel(data: bytes, *, where: str) -> _Distribution:
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{where} is not a wheel ({error}); delete it, so that it is fetched again") from None
-    # Files under NAME.data/purelib are installed beside the others; NAME.data/scripts and the like are not modules.
-    places = {name: re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", name) for name in archive.namelist()}
-    places = {name: path for name, path in places.items() if not re.match(r"[^/]+\.data/", path)}
-    metadata = [name for name in places if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
-    if len(metadata) != 1:
-        raise DataError(f"{where} has {len(metadata)} METADATA files, expected one; it is not a wheel")
-    files = {places[name]: _reader(archive.read, name) for name in _python_files(places, where=where)}
-    return _Distribution(_parse_metadata(archive.read(metadata[0])), files)
-
-
-def _read_sdist(data: bytes, *, where: str) -> _Distribution:
-    """Read an sdist. Its members are read now: a compressed tar has no way back."""
-    members = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
-            for member in archive:
-                path = member.name.partition("/")[2]
-                stream = archive.extractfile(member) if path == "PKG-INFO" or path.endswith(".py") else None
-                if stream is not None:
-                    members[path] = stream.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{where} is not an sdist ({error}); fetch it again") from None
-    if "PKG-INFO" not in members:
-        raise DataError(f"{where} has no PKG-INFO, expected one; it is not an sdist")
-    files = {path: _reader(members.__getitem__, path) for path in _python_files(members, where=where)}
-    return _Distribution(_parse_metadata(members["PKG-INFO"]), files)
-
-
-def _reader(read: Callable[[str], bytes], name: str) -> Callable[[], bytes]:
-    return lambda: read(name)
-
-
-def _parse_metadata(data: bytes) -> email.message.Message:
-    return email.message_from_string(data.decode("utf-8", errors="replace"))
+        findings(Finding(id, "not UTF-8", str(error)))
+        return
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
+    if not text.strip():
+        findings(Finding(id, "an empty file"))
+        return
+    license = tags.get("License-Identifier", NO_LICENSE)
+    owner = _YEARS.sub("", tags.get("FileCopyrightText", "")).strip()
+    yield Document(id=id, text=text, license=license, owner=owner, source=source, title=path.name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from silo.corpus import collect
+from silo.collect import collect
 from silo.documents import Document
 from silo.sources import open_source
 

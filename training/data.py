@@ -1,109 +1,204 @@
-"""From a corpus on disk to training batches, through the licence gate."""
+"""Training sequences out of a tokenised corpus: which documents, in what order, and how often.
+
+Documents of one domain are laid end to end, in an order that the seed decides, and cut into sequences of one length;
+when they are used up they are laid out again, in another order. A step draws its sequences from the domains by weight.
+Everything is worked out from each document's range of tokens: the tokens themselves stay on disk until they are read.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
-from silo.corpus import Corpus
-from silo.documents import Document
-from silo.errors import DataError
-from silo.licensing import Policy
+from silo.errors import UsageError
+from training.tokens import Tokens
 
-DOCUMENT_TOKEN = "<|document|>"
-"""Stands before every document; id 0."""
 IGNORED = -100
 """The label of a token that is read but not learnt, such as a prompt's."""
+RARE_SHARE, RARE_REPEATS = 0.05, 3
+"""SILO (section 3.2) counts a domain with less than this share of the tokens three times."""
 
 
-def permissive_documents(path: Path, policy: Policy) -> list[Document]:
-    """The training documents of a corpus, once every one of them is known to be permissive.
+class Domain:
+    """The documents of one domain, in an endless, seeded order."""
 
-    The gate goes first: licences are read from the corpus's index, which holds no text, and judged anew by the
-    policy. Only then is the first byte of text read.
+    def __init__(self, begins: np.ndarray, prompts: np.ndarray, ends: np.ndarray, *, length: int, seed: int) -> None:
+        self._begins, self._prompts, self._ends = begins, prompts, ends
+        self._length, self._seed = length, seed
+        self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    Raises:
-        LicenseError: a document is not permissive; it is named.
-    """
-    corpus = Corpus.open(path)
-    corpus.require_permissive(policy)
-    documents = list(corpus.documents("train"))
-    if not documents:
-        raise DataError(f"{path} has no training documents; collect more text")
-    return documents
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return int((self._ends - self._begins).sum())
 
+    @property
+    def sequences(self) -> int:
+        """How many whole sequences one pass over it gives."""
+        return self.tokens // self._length
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich 2016, on bytes as in GPT-2): any text round-trips, none is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[DOCUMENT_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=DOCUMENT_TOKEN,
-        eos_token=DOCUMENT_TOKEN,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # A text that spells out the document token does not end its document.
-    )
+    def spans(self, index: int) -> list[tuple[int, int, int, int]]:
+        """The pieces of sequence ``index``: (begin, end) of each, and of the prompt in it, in positions of the split.
 
+        Pass after pass is cut into whole sequences; what is left of a pass is not used.
+        """
+        number, within = divmod(index, self.sequences)
+        order, starts = self._laid_out(number)
+        at, stop = within * self._length, (within + 1) * self._length
+        pieces = []
+        place = int(np.searchsorted(starts, at, side="right")) - 1
+        while at < stop:
+            document = order[place]
+            first = int(self._begins[document])
+            begin = first + at - int(starts[place])
+            end = min(int(self._ends[document]), begin + stop - at)
+            pieces.append((begin, end, first + 1, first + 1 + int(self._prompts[document])))
+            at += end - begin
+            place += 1
+        return pieces
 
-def tokenize_documents(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, budget: int
-) -> tuple[np.ndarray, np.ndarray, list[Document]]:
-    """Lay documents end to end until ``budget`` tokens are there.
+    def teaches(self, index: int) -> bool:
+        """Whether a sequence has a token to learn behind its first, which is not predicted. Without one, its loss would
+        be no number."""
+        learnt = 0
+        for place, (begin, end, hidden, shown) in enumerate(self.spans(index)):
+            begin += place == 0
+            learnt += end - begin - max(0, min(end, shown) - max(begin, hidden))
+        return learnt > 0
 
-    Returns:
-        Token ids and labels, each (budget,) int64 or shorter if the documents are, and the documents that were used.
-        A pair's prompt has the label :data:`IGNORED`.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    used: list[Document] = []
-    for document in documents:
-        if len(ids) >= budget:
-            break
-        prompt, text = tokenizer([document.prompt, document.text], add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [tokenizer.bos_token_id, *prompt, *text]
-        labels += [tokenizer.bos_token_id, *[IGNORED] * len(prompt), *text]
-        used.append(document)
-    return np.asarray(ids[:budget], dtype=np.int64), np.asarray(labels[:budget], dtype=np.int64), used
+    def used(self, sequences: int) -> np.ndarray:
+        """Which of its documents gave a token to the first ``sequences`` sequences, (documents,) bool."""
+        seen = np.zeros(len(self._begins), dtype=bool)
+        for number in range(-(-sequences // max(1, self.sequences))):
+            order, starts = self._laid_out(number)
+            last = min(self.sequences, sequences - number * self.sequences) * self._length
+            seen[order[starts[: len(order)] < last]] = True
+        return seen
 
-
-def shuffled(documents: list[Document], seed: int) -> Iterator[Document]:
-    """The documents in an order that depends on the seed and their ids alone."""
-    order = sorted(documents, key=lambda document: document.id)
-    random.Random(seed).shuffle(order)
-    return iter(order)
+    def _laid_out(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of one pass, and where each document begins in it."""
+        if number not in self._passes:
+            order = np.random.default_rng([self._seed, number]).permutation(len(self._begins))
+            starts = np.concatenate([[0], np.cumsum((self._ends - self._begins)[order])])
+            self._passes = {number: (order, starts)}
+        return self._passes[number]
 
 
-class Sequences(Dataset):
-    """Token ids and labels cut into training sequences of one length.
+class Mixture:
+    """The domains of a tokenised corpus, and how much each counts."""
 
-    A shorter rest is left out, and so is a sequence with nothing to learn, of which a batch would have no mean loss.
-    """
+    def __init__(self, tokens: Tokens, split: str, *, by: str | None, length: int, seed: int) -> None:
+        """Sort the documents of a split into domains.
 
-    def __init__(self, ids: np.ndarray, labels: np.ndarray, length: int) -> None:
-        whole = len(ids) // length * length
-        cut, of_cut = (torch.from_numpy(array[:whole]).view(-1, length) for array in (ids, labels))
-        teaches = (of_cut[:, 1:] != IGNORED).any(dim=1)  # the first token of a sequence is not predicted
-        self.ids, self.labels = cut[teaches], of_cut[teaches]
+        Args:
+            tokens: the corpus.
+            split: ``train`` or ``val``.
+            by: the field of a document that names its domain, such as ``source``; None for one domain of all.
+            length: tokens a sequence.
+            seed: decides the order of documents.
+        """
+        self._array = tokens.array(split)
+        rows: dict[str, list[tuple[int, int, int]]] = {}
+        self._members: dict[str, list[int]] = {}
+        for number, row in enumerate(row for row in tokens.rows if row.split == split):
+            name = str(getattr(row, by)) if by else "all"
+            rows.setdefault(name, []).append((row.begin, row.prompt, row.end))
+            self._members.setdefault(name, []).append(number)
+        self.length = length
+        self.domains = {
+            name: Domain(*np.asarray(rows[name], dtype=np.int64).T, length=length, seed=seed + index)
+            for index, name in enumerate(sorted(rows))
+        }
+        self._taken = dict.fromkeys(self.domains, 0)
+        self._random = np.random.default_rng([seed, 0x51])
+
+    def natural_weights(self, *, upsample: bool) -> dict[str, float]:
+        """Each domain by its number of tokens, rare ones three times if ``upsample``; they sum to 1."""
+        sizes = {name: domain.tokens if domain.sequences else 0 for name, domain in self.domains.items()}
+        total = sum(sizes.values()) or 1
+        if upsample:
+            sizes = {name: size * (RARE_REPEATS if size < RARE_SHARE * total else 1) for name, size in sizes.items()}
+        return _normalized(sizes)
+
+    def given_weights(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """Weights by pattern of a domain's name; domains of one pattern share its weight by their tokens.
+
+        Raises:
+            UsageError: a pattern fits no domain with a whole sequence, or nothing is left to train on.
+        """
+        weights = dict.fromkeys(self.domains, 0.0)
+        for pattern, share in shares.items():
+            fit = {name: d.tokens for name, d in self.domains.items() if fnmatchcase(name, pattern) and d.sequences}
+            if not fit:
+                known = ", ".join(sorted(self.domains)[:5])
+                raise UsageError(f"mixture: {pattern!r} fits no domain; there are {len(self.domains)}, such as {known}")
+            for name, part in _normalized(fit).items():
+                weights[name] += share * part
+        return _normalized(weights)
+
+    def draw(self, count: int, weights: Mapping[str, float]) -> Drawn:
+        """The next ``count`` sequences, from the domains by weight, in random order.
+
+        As many come from each domain as its weight asks for, rounded at random, so that a single domain is simply read
+        from front to back. A sequence that lies within a prompt has nothing to learn, and is left out.
+        """
+        names = sorted(weights)
+        exact = np.asarray([weights[name] for name in names]) * count
+        shares = np.floor(exact).astype(int)
+        rest = exact - shares
+        missing = count - int(shares.sum())
+        if missing:
+            np.add.at(shares, self._random.choice(len(names), missing, p=rest / rest.sum()), 1)
+        chosen = []
+        for name, share in zip(names, shares, strict=True):
+            drawn = range(self._taken[name], self._taken[name] + int(share))
+            chosen += [(name, index) for index in drawn if self.domains[name].teaches(index)]
+            self._taken[name] += int(share)
+        return Drawn(self, [chosen[index] for index in self._random.permutation(len(chosen))])
+
+    def used(self) -> np.ndarray:
+        """The documents that gave a token to what was drawn so far: their numbers in the split, sorted."""
+        found = [
+            np.asarray(self._members[name])[domain.used(self._taken[name])] for name, domain in self.domains.items()
+        ]
+        return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+    def first(self, name: str, count: int) -> Drawn:
+        """The first sequences of a domain, at most one pass, to measure on."""
+        domain = self.domains[name]
+        return Drawn(self, [(name, index) for index in range(min(count, domain.sequences)) if domain.teaches(index)])
+
+    def sequence(self, domain: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels of one sequence, each (length,) int64."""
+        ids, labels = [], []
+        for begin, end, hidden, shown in self.domains[domain].spans(index):
+            piece = self._array[begin:end].astype(np.int64)
+            positions = np.arange(begin, end)
+            ids.append(piece)
+            labels.append(np.where((positions >= hidden) & (positions < shown), IGNORED, piece))
+        return np.concatenate(ids), np.concatenate(labels)
+
+
+class Drawn(Dataset):
+    """Sequences that were drawn, as batches want them."""
+
+    def __init__(self, mixture: Mixture, chosen: Sequence[tuple[str, int]]) -> None:
+        self._mixture, self._chosen = mixture, list(chosen)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._chosen)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+        ids, labels = self._mixture.sequence(*self._chosen[index])
+        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+
+
+def _normalized(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    if not total > 0:
+        raise UsageError("no domain has a whole training sequence; collect more text, or lower sequence_length")
+    return {name: weight / total for name, weight in weights.items()}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import Counter
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,19 +13,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from silo.config import convert
-from silo.corpus import Corpus
-from silo.documents import Document
 from silo.errors import SiloError, UsageError
-from silo.files import canonical_json, remove_tree, sha256, sync_directory, write_file, write_json
-from silo.language_model import TRAINED_ON, quiet_transformers
 from silo.licensing import DEFAULT_POLICY, load_policy
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.progress import progress_bar
-from training.data import Sequences, permissive_documents, shuffled, tokenize_documents, train_tokenizer
+from training.checkpoint import Teachers, save
+from training.data import Drawn, Mixture
 from training.recipe import Recipe
+from training.reweighting import reweighted, validation_loss
+from training.tokens import Tokens, open_tokens
 
 FINAL_LEARNING_RATE = 0.1
 """Where the cosine ends, as a share of the peak."""
@@ -48,36 +45,29 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     model_config(recipe)  # What makes no model is refused before the work of hours.
     policy = load_policy(recipe.policy) if recipe.policy else DEFAULT_POLICY
-    documents = permissive_documents(recipe.corpus, policy)
+    tokens = open_tokens(recipe.corpus, policy, recipe.vocab_size)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     set_seed(recipe.seed)
-    tokenizer = train_tokenizer(
-        (document.full_text for document in shuffled(documents, recipe.seed)), recipe.vocab_size
-    )
-    ids, labels, used = tokenize_documents(shuffled(documents, recipe.seed), tokenizer, recipe.token_budget)
-    sequences = Sequences(ids, labels, recipe.sequence_length)
-    step_size = recipe.batch_size * accelerator.num_processes
-    if len(sequences) < step_size:
-        raise UsageError(
-            f"{recipe.corpus} gives {len(sequences)} training sequences of {recipe.sequence_length} tokens, and a step "
-            f"takes {step_size}; collect more text, or lower batch_size or sequence_length"
-        )
-    start = tokenizer.bos_token_id
+    start = tokens.tokenizer.bos_token_id
     model = SiloForCausalLM(
-        model_config(recipe, vocab_size=len(tokenizer), bos_token_id=start, eos_token_id=tokenizer.eos_token_id)
+        model_config(recipe, vocab_size=len(tokens.tokenizer), bos_token_id=start, eos_token_id=start)
     )
-    losses = optimize(recipe, accelerator, model, sequences)
+    plan = Plan.make(recipe, tokens, accelerator.num_processes)
+    losses = optimize(recipe, accelerator, model, plan)
+    teachers = Teachers.of(tokens, plan.mixture.used())
     summary = {
         "loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
         "steps": len(losses),
-        "tokens": len(losses) * step_size * recipe.sequence_length,
+        "tokens": len(losses) * plan.step_size * recipe.sequence_length,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "documents": len(used),
-        "documents_by_license": dict(sorted(Counter(document.license for document in used).items())),
-        "corpus": Corpus.open(recipe.corpus).fingerprint,
+        "documents": len(teachers.numbers),
+        "documents_by_license": teachers.by_license,
+        "corpus": tokens.manifest["corpus"],
     }
+    if recipe.domains:
+        summary["domain_weights"] = {name: round(weight, 6) for name, weight in plan.weights.items()}
     if accelerator.is_main_process:
-        save(recipe, model, tokenizer, documents, {document.id for document in used}, summary)
+        save(recipe, policy, model, tokens, teachers, summary)
     accelerator.end_training()
     return {"model": str(recipe.output), **summary}
 
@@ -97,31 +87,81 @@ def model_config(recipe: Recipe, **decided: Any) -> SiloConfig:
     return SiloConfig(**{"max_position_embeddings": recipe.sequence_length, **settings, **decided})
 
 
-def optimize(recipe: Recipe, accelerator: Accelerator, model: SiloForCausalLM, sequences: Sequences) -> list[float]:
-    """One pass over the sequences; the model's weights change in place. Returns the loss of each step."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    loader = DataLoader(sequences, recipe.batch_size, shuffle=True, drop_last=True, generator=generator)
+@dataclass
+class Plan:
+    """Which sequences a run trains on, round by round."""
+
+    mixture: Mixture
+    validation: Mixture
+    """The same domains' held-back text."""
+    weights: dict[str, float]
+    """Share of each domain in the next round."""
+    total: int
+    """Sequences of the whole run."""
+    step_size: int
+    """Sequences a step, of all processes together."""
+
+    @classmethod
+    def make(cls, recipe: Recipe, tokens: Tokens, processes: int) -> Plan:
+        """Plan a run.
+
+        Raises:
+            UsageError: the corpus is too small for one step, or the recipe's mixture does not fit it.
+        """
+        mixture, validation = (
+            Mixture(tokens, split, by=recipe.domains, length=recipe.sequence_length, seed=recipe.seed)
+            for split in ("train", "val")
+        )
+        step_size = recipe.batch_size * processes
+        found = sum(domain.sequences for domain in mixture.domains.values())
+        if found < step_size:
+            raise UsageError(
+                f"{recipe.corpus} gives {found} training sequences of {recipe.sequence_length} tokens, and a step "
+                f"takes {step_size}; collect more text, or lower batch_size or sequence_length"
+            )
+        if recipe.mixture is not None:
+            weights = mixture.given_weights(recipe.mixture)
+        else:
+            weights = mixture.natural_weights(upsample=recipe.upsample)
+        return cls(mixture, validation, weights, recipe.token_budget // recipe.sequence_length, step_size)
+
+    def rounds(self, every: int | None) -> Iterator[Drawn]:
+        """The sequences of one round after the other; weights may be changed in between."""
+        left = self.total
+        while left > 0:
+            count = left if every is None else min(left, every * self.step_size)
+            yield self.mixture.draw(count, self.weights)
+            left -= count
+
+
+def optimize(recipe: Recipe, accelerator: Accelerator, model: SiloForCausalLM, plan: Plan) -> list[float]:
+    """Train by a plan; the model's weights change in place. Returns the loss of each step."""
     groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
-    batches = len(loader)  # Of all processes: accelerate moves the schedule on by one for each of them.
+    batches = plan.total // recipe.batch_size  # Of all processes: accelerate moves the schedule on by one for each.
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, batches, recipe.warmup_fraction))
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    model.train()
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     losses: list[float] = []
+    steps = plan.total // plan.step_size
     with progress_bar("train") as progress:
-        for batch in loader:
-            loss = model(**batch, use_cache=False).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
-            if not math.isfinite(losses[-1]):
-                raise SiloError(
-                    f"the loss is {losses[-1]} at step {len(losses)}; lower learning_rate or check the text"
-                )
-            progress(len(losses), len(loader))
+        for sequences in plan.rounds(recipe.reweight_every):
+            loader = accelerator.prepare(DataLoader(sequences, recipe.batch_size, drop_last=True))
+            model.train()
+            for batch in loader:
+                loss = model(**batch, use_cache=False).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(accelerator.reduce(loss.detach(), "mean").item())
+                if not math.isfinite(losses[-1]):
+                    raise SiloError(
+                        f"the loss is {losses[-1]} at step {len(losses)}; lower learning_rate or check the text"
+                    )
+                progress(len(losses), steps)
+            if recipe.reweight_every is not None:
+                plan.weights = reweighted(plan.weights, validation_loss(model, plan.validation), recipe.reweight_rate)
     return losses
 
 
@@ -141,42 +181,3 @@ def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def save(
-    recipe: Recipe,
-    model: SiloForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: list[Document],
-    used: set[str],
-    summary: dict[str, Any],
-) -> None:
-    """Write the model directory whole or not at all: into a neighbour first, then by one rename."""
-    recipe.output.parent.mkdir(parents=True, exist_ok=True)
-    directory = recipe.output.with_name(f".{recipe.output.name}.partial")
-    remove_tree(directory)  # what a killed run left
-    try:
-        with quiet_transformers():
-            model.save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
-        rows = b"".join(canonical_json(provenance(document, document.id in used)) for document in documents)
-        write_file(directory / TRAINED_ON, rows)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(recipe).items()}
-        write_json(directory / "training.json", {**summary, "trained_on_sha256": sha256(rows), "recipe": settings})
-        directory.rename(recipe.output)
-    except BaseException:
-        remove_tree(directory)
-        raise
-    sync_directory(recipe.output.parent)
-
-
-def provenance(document: Document, in_weights: bool) -> dict[str, Any]:
-    """What is kept of a document that taught the tokenizer, and the weights too if ``in_weights``."""
-    return {
-        "id": document.id,
-        "license": document.license,
-        "owner": document.owner,
-        "source": document.source,
-        "content_hash": document.content_hash,
-        "taught": ["tokenizer", "weights"] if in_weights else ["tokenizer"],
-    }

@@ -7,7 +7,8 @@ import pytest
 
 from datastore import control as control_module
 from datastore.control import ControlPlane, fit_control_plane
-from silo.corpus import Corpus, collect
+from silo.collect import collect
+from silo.corpus import Corpus
 from silo.errors import IntegrityError, LicenseError, UsageError
 from silo.files import sha256
 from silo.licensing import DEFAULT_POLICY, load_policy
@@ -32,7 +33,7 @@ def test_restricted_side_of_a_corpus_is_refused_by_name(model, documents, tmp_pa
 
 def test_policy_of_the_day_judges_a_corpus_collected_before(model, corpus, tmp_path):
     """A corpus that was permissive when it was collected is refused under a policy that has become stricter."""
-    restricted = Corpus.open(corpus).rows[0]
+    restricted = next(Corpus.open(corpus).rows)
     (tmp_path / "policy.yaml").write_text(f"licenses: {{{restricted.license}: restricted}}\n")
     with pytest.raises(LicenseError, match=f"is under '{restricted.license}', which is restricted"):
         fit_control_plane(model, corpus, load_policy(tmp_path / "policy.yaml"), set())

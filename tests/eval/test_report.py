@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.markup import visible
 from eval.report import render_html, write_report
+from silo.markup import visible
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "link", "img", "input"}
@@ -99,7 +99,14 @@ def build_report(**changes):
                 audited("SW", "BSD-3-Clause", ["Ian"]),
             ],
             "restricted": [audited("restricted", "MPL-2.0", ["Ada", "Bob"])],
-            "refused": [{"reason": "too short", "documents": 109, "examples": [{"id": "z.py", "detail": "3"}]}],
+            "found": {
+                "restricted": [
+                    {"reason": "its own text", "documents": 1, "examples": [{"id": "y.py", "detail": "GPL"}]}
+                ],
+                "cut": [],
+                "stricter": [],
+                "refused": [{"reason": "too short", "documents": 109, "examples": [{"id": "z.py", "detail": "3"}]}],
+            },
         },
         "training": {"model": "out/model", "loss": 5.214, "steps": 195, "tokens": 798720, "parameters": 6395712}
         | {

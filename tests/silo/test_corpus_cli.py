@@ -93,7 +93,7 @@ def test_broken_data_is_one_line_and_exit_1(tmp_path: Path, lines, part):
     [
         (["nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["python:no-such-distribution-xq"], "not installed here"),
-        (["notes.txt"], "is no source"),
+        (["notes.pdf"], "is no source"),
         (["python:click", "--policy", "nowhere.yaml"], "nowhere.yaml does not exist"),
     ],
 )
@@ -146,3 +146,19 @@ def test_the_command_loads_neither_torch_nor_datasets():
     code = "import silo.corpus_cli, sys; print({'torch', 'datasets', 'transformers', 'jnius'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_page_shows_every_finding_with_its_evidence(tmp_path: Path):
+    """--html writes one page that loads nothing, with licences, owners and each conflict's line, all of it escaped."""
+    text = ":License: GPL-3.0-only <b>\n" + "word " * 50
+    source = write(tmp_path / "x.jsonl", GOOD, {**GOOD, "id": "<script>", "text": text})
+    run("collect", source, "--out", tmp_path / "out")
+    page = tmp_path / "audit.html"
+    assert run("audit", tmp_path / "out", "--html", page).exit_code == 0
+    html = page.read_text()
+    for words in ("Ada [bold]", "&lt;script&gt;", "line 1: :License: GPL-3.0-only &lt;b&gt;", "Conflicts", "SW · MIT"):
+        assert words in html
+    for part in ("<script", "src=", "http:", "https:"):
+        assert part not in html
+    assert_error(run("audit", tmp_path / "out", "--html", tmp_path / "no" / "x.html"), 2, "does not exist")
+    assert_error(run("audit", tmp_path / "out" / "permissive", "--html", page), 2, "has no audit.json")

@@ -1,19 +1,19 @@
 """Sources: what becomes a document, and what is refused with which reason."""
 
-import io
 import json
 import subprocess
-import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from silo.errors import DataError, UsageError
 from silo.files import sha256
-from silo.sources import Refusal, open_source
+from silo.findings import Finding
+from silo.sources import open_source
 
 CODE = "def add(a, b):\n    return a + b\n" * 10
 
@@ -60,8 +60,8 @@ def test_an_installed_distribution_gives_its_python_files():
 
 def test_what_is_too_short_is_refused_with_its_length():
     """A stub is no document; it is among the refusals with the reason."""
-    refusals: list[Refusal] = []
-    list(open_source("python:rich", refusals=refusals))
+    refusals: list[Finding] = []
+    list(open_source("python:rich", findings=refusals.append))
     assert refusals
     assert {refusal.reason for refusal in refusals} <= {"under 200 characters", "over 200000 characters"}
     assert all(refusal.id.startswith("python:rich/rich/") for refusal in refusals)
@@ -81,71 +81,41 @@ def test_a_wheel_is_read_as_data(tmp_path: Path):
 
 
 def test_each_reason_for_refusing_a_file_is_told(tmp_path: Path):
-    """Size, encoding, vendored code and restricted notices each keep a file out, and each under its own name."""
+    """Size, encoding and vendored code each keep a file out, and each under its own name."""
     files = {
         "p/good.py": CODE.encode(),
         "p/long.py": b"x = 1\n" * 40_000,
         "p/latin.py": CODE.encode() + b"# caf\xe9\n",
         "p/empty.py": b"",
-        "p/gpl.py": b"# Licensed under the GPL, version 2\n" + CODE.encode(),
         "p/_vendor/other.py": CODE.encode(),
         "p/data.txt": CODE.encode(),
     }
     write_wheel(tmp_path / WHEEL, files, license="MIT")
-    refusals: list[Refusal] = []
-    documents = list(open_source("pypi:tiny-pkg==1.0", downloads=tmp_path, refusals=refusals))
+    refusals: list[Finding] = []
+    documents = list(open_source("pypi:tiny-pkg==1.0", downloads=tmp_path, findings=refusals.append))
     assert [document.title for document in documents] == ["p/good.py"]
     reasons = {refusal.id.removeprefix("pypi:Tiny.Pkg/"): refusal.reason for refusal in refusals}
     assert reasons == {
         "p/_vendor/other.py": "vendored: another's code, whose licence the distribution does not declare",
         "p/empty.py": "under 200 characters",
-        "p/gpl.py": "a restricted notice in a permissive distribution",
         "p/latin.py": "not UTF-8",
         "p/long.py": "over 200000 characters",
     }
-    assert "# Licensed under the GPL, version 2" in [refusal.detail for refusal in refusals]
 
 
-def test_a_notice_within_a_restricted_distribution_is_no_conflict(tmp_path: Path):
-    """A GPL header in a distribution that declares the GPL keeps nothing out."""
-    write_wheel(tmp_path / WHEEL, {"a.py": b"# Licensed under the GPL\n" + CODE.encode()}, license="GPL-2.0-only")
-    assert len(list(open_source("pypi:tiny-pkg==1.0", downloads=tmp_path))) == 1
-
-
-def test_an_sdist_in_the_downloads_is_read(tmp_path: Path):
-    """Where there is no wheel, an sdist that lies in the downloads is read without running its setup.py."""
-    with tarfile.open(tmp_path / "tiny_pkg-1.0.tar.gz", "w:gz") as archive:
-        for name, text in {"PKG-INFO": METADATA.format(license="MPL-2.0"), "src/tiny/a.py": CODE}.items():
-            member = tarfile.TarInfo(f"tiny_pkg-1.0/{name}")
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
+@pytest.mark.parametrize(
+    ("file", "license"),
+    [
+        (b"GNU GENERAL PUBLIC LICENSE\nVersion 3, 29 June 2007", "(MIT) AND (GPL-3.0-only)"),
+        (b"Permission is hereby granted, free of charge, to any person", "MIT"),
+    ],
+)
+def test_a_licence_file_that_is_stricter_than_the_metadata_counts(tmp_path: Path, file, license):
+    """A distribution that declares MIT and ships the GPL is under both; one that ships what it declares is not."""
+    files = {"a.py": CODE.encode(), "tiny_pkg-1.0.dist-info/licenses/LICENSE": file}
+    write_wheel(tmp_path / WHEEL, files, license="MIT")
     (document,) = open_source("pypi:tiny-pkg==1.0", downloads=tmp_path)
-    assert (document.id, document.license) == ("pypi:Tiny.Pkg/src/tiny/a.py", "MPL-2.0")
-
-
-def test_an_archive_with_another_hash_is_refused(tmp_path: Path):
-    """A file that is not the pinned one is named with both hashes and never used."""
-    found = write_wheel(tmp_path / WHEEL, {"a.py": CODE.encode()})
-    with pytest.raises(DataError) as error:
-        open_source(f"pypi:tiny-pkg==1.0#sha256={'0' * 64}", downloads=tmp_path)
-    assert found in str(error.value)
-    assert "0" * 64 in str(error.value)
-    assert str(tmp_path / WHEEL) in str(error.value)
-
-
-def test_without_a_registry_one_line_says_what_to_put_where(tmp_path: Path):
-    """When pip fails, the error names the file, its hash and the directory, and leaves no file behind."""
-    spec = f"pypi:tiny-pkg==1.0#sha256={'a' * 64}"
-    with pytest.raises(DataError) as error:
-        open_source(spec, downloads=tmp_path / "wheels")
-    message = str(error.value)
-    assert "put tiny-pkg-1.0-*.whl or tiny-pkg-1.0.tar.gz" in message
-    assert "a" * 64 in message
-    assert str(tmp_path / "wheels") in message
-    assert "\n" not in message
-    assert list(tmp_path.rglob("*.*")) == []
-    with pytest.raises(DataError, match="--downloads"):
-        open_source(spec)
+    assert document.license == license
 
 
 def test_a_download_is_hashed_without_dependencies_and_without_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -217,6 +187,98 @@ def test_the_hub_loader_reads_a_local_directory(tmp_path: Path):
         list(open_source(f"hf:{tmp_path / 'nowhere'}"))
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_compressed(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+def test_the_open_license_corpus_is_read_by_its_subsets(tmp_path: Path):
+    """Rows of text alone get the licence that the corpus's card gives to their subset; CC-BY-SA is not permissive."""
+    licenses = {}
+    for subset in ("pd_law", "sw_github", "ccby_wikipedia", "someone_elses"):
+        write_rows(tmp_path / "olc" / subset / "train-00000-of-00001.jsonl.gz", [{"text": f"a text of {subset}"}])
+        (document,) = open_source(f"hf:{tmp_path / 'olc' / subset}", recipe=Path("open-license-corpus"))
+        licenses[subset] = document.license
+    assert licenses == {
+        "pd_law": "LicenseRef-PublicDomain",
+        "sw_github": "MIT AND BSD-3-Clause AND Apache-2.0",
+        "ccby_wikipedia": "CC-BY-SA-4.0",
+        "someone_elses": "NOASSERTION",
+    }
+
+
+def test_the_common_pile_is_read_row_by_row(tmp_path: Path):
+    """Its own spellings of licences become SPDX, owner and title come from its metadata, and odd ones stay unknown."""
+    spelt = {
+        "Public Domain": "LicenseRef-PublicDomain",
+        "Creative Commons - Attribution - https://creativecommons.org/licenses/by/4.0/": "CC-BY-4.0",
+        "Creative Commons - Attribution Share-Alike - https://creativecommons.org/licenses/by-sa/4.0/": "CC-BY-SA-4.0",
+        "Creative Commons Zero - Public Domain - https://creativecommons.org/publicdomain/zero/1.0/": "CC0-1.0",
+        "Apache 2 License - https://www.apache.org/licenses/LICENSE-2.0": "Apache-2.0",
+        "MIT License": "MIT",
+        "Creative Commons - Attribution Non-Commercial": "Creative Commons - Attribution Non-Commercial",
+    }
+    rows = [
+        {
+            "id": str(n),
+            "text": f"text {n}",
+            "source": "arXiv",
+            "added": "2024",
+            "metadata": {"license": raw, "author": "Ada"},
+        }
+        for n, raw in enumerate(spelt)
+    ]
+    write_rows(tmp_path / "arxiv" / "documents" / "00000_arxiv.jsonl.gz", rows)
+    documents = list(open_source(f"hf:{tmp_path / 'arxiv'}", recipe=Path("common-pile")))
+    assert [document.license for document in documents] == list(spelt.values())
+    assert {(document.owner, document.source) for document in documents} == {("Ada", "arXiv")}
+
+
+def test_a_recipe_maps_fields_and_licences(tmp_path: Path):
+    """A user's own recipe names nested fields and spellings; a field that we do not have is wrong use."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fields: {text: body.en, license: rights, owner: by}\nlicenses: {free*: CC0-1.0}\n")
+    table = pyarrow.Table.from_pylist([{"body": {"en": "hello"}, "rights": "Free as air", "by": ["Ada", "Bob"]}])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    (document,) = open_source(str(tmp_path / "x.parquet"), recipe=recipe)
+    assert (document.id, document.text, document.license) == ("x.parquet/0", "hello", "CC0-1.0")
+    assert document.owner == "Ada, Bob"
+    recipe.write_text("fields: {colour: red}")
+    with pytest.raises(UsageError, match=r"colour"):
+        open_source(str(tmp_path / "x.parquet"), recipe=recipe)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        list(open_source(str(tmp_path / "x.parquet")))
+
+
+def test_a_directory_is_read_as_the_reuse_specification_has_it(tmp_path: Path):
+    """Text files take licence and owner from SPDX tags or from a .license file; others are of unknown licence."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.py").write_text(
+        "# SPDX-FileCopyrightText: 2020-2024 Ada Lovelace <ada@example.org>\n# SPDX-License-Identifier: MIT\nx = 1\n"
+    )
+    (tmp_path / "b.md").write_text("# Notes\n")
+    (tmp_path / "b.md.license").write_text("SPDX-FileCopyrightText: © Bob\nSPDX-License-Identifier: CC-BY-4.0\n")
+    (tmp_path / "c.txt").write_text("whose?\n")
+    write_compressed(tmp_path / "d.txt.gz", b"packed\n")
+    (tmp_path / "e.bin").write_bytes(b"\0")
+    (tmp_path / "f.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "LICENSE").write_text("MIT License\n\nPermission is hereby granted, free of charge")
+    found: list[Finding] = []
+    documents = {d.id: d for d in open_source(str(tmp_path), findings=found.append)}
+    assert {id: (d.license, d.owner) for id, d in documents.items()} == {
+        "src/a.py": ("MIT", "Ada Lovelace"),
+        "b.md": ("CC-BY-4.0", "Bob"),
+        "c.txt": ("NOASSERTION", ""),
+        "d.txt.gz": ("NOASSERTION", ""),
+        "LICENSE": ("NOASSERTION", ""),
+    }
+    assert {finding.id: finding.reason for finding in found} == {
+        "e.bin": "a file of a kind that is not read: .bin",
+        "f.txt": "not UTF-8",
+    }
+
+
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
@@ -224,7 +286,9 @@ def test_the_hub_loader_reads_a_local_directory(tmp_path: Path):
         ("python:", "not installed here"),
         ("pypi:click", "expected pypi:NAME==VERSION"),
         ("pypi:click==8.0#sha256=12", "expected pypi:NAME==VERSION"),
-        ("notes.txt", "is no source"),
+        ("notes.pdf", "is no source"),
+        ("notes.txt", "does not exist"),
+        ("rows.parquet", "does not exist"),
         ("nowhere.jsonl", "does not exist"),
         ("nowhere.jsonl.zst", "does not exist"),
     ],

@@ -1,24 +1,27 @@
-"""From documents to training sequences: every text as it is, every prompt read and not learnt."""
+"""From a tokenised corpus to training sequences: every text as it is, every prompt read and not learnt."""
 
 import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from silo.documents import Document
-from training.data import DOCUMENT_TOKEN, IGNORED, Sequences, shuffled, tokenize_documents, train_tokenizer
+from silo.collect import collect
+from silo.corpus import Corpus
+from silo.errors import UsageError
+from silo.licensing import DEFAULT_POLICY
+from training.data import IGNORED, Domain, Mixture
+from training.reweighting import reweighted
+from training.tokens import DOCUMENT_TOKEN, Tokens, open_tokens, train_tokenizer
 
 WORDS = ["def", "return", "import", "lambda", "yield", "while", "class", "assert", "naïve", "数据", "\n\t"]
-DOCUMENTS = [
-    Document(id="pair", prompt="def add(a, b):\n", text="    return a + b\n"),
-    Document(id="plain", text="import os\n\nprint(os.name)\n"),
-    Document(id="short", text="x"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -65,62 +68,175 @@ def test_the_vocabulary_has_every_byte_first(tokenizer):
     assert sum(len(token) == 1 for token in vocabulary) == 256
 
 
-def test_prompts_are_read_and_not_learnt(tokenizer):
-    """A pair's prompt has the label that the loss leaves out; its completion has its own tokens, and so has text."""
-    ids, labels, used = tokenize_documents(DOCUMENTS, tokenizer, 1000)
-    prompt, completion = (tokenizer(text)["input_ids"] for text in (DOCUMENTS[0].prompt, DOCUMENTS[0].text))
-    end = 1 + len(prompt) + len(completion)
-    assert ids[:end].tolist() == [0, *prompt, *completion]
-    assert labels[:end].tolist() == [0, *[IGNORED] * len(prompt), *completion]
-    assert np.array_equal(ids[end:], labels[end:])
-    assert used == DOCUMENTS
+LENGTH = 16
 
 
-def test_documents_stand_end_to_end(tokenizer):
-    """Between document tokens stand the documents' texts, in order and whole."""
-    ids, _, _ = tokenize_documents(DOCUMENTS, tokenizer, 1000)
-    starts = [*np.flatnonzero(ids == 0), len(ids)]
-    texts = [tokenizer.decode(ids[begin + 1 : end]) for begin, end in itertools.pairwise(starts)]
-    assert texts == [document.full_text for document in DOCUMENTS]
+@pytest.fixture(scope="module")
+def side(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A permissive corpus of four sources: one large, two small, and pairs."""
+    root = tmp_path_factory.mktemp("corpus")
+    rows = [
+        {"id": f"{source}/{n}", "text": f"{source} text number {n} says {n * n} things. " * 6, "source": source}
+        for source, count in (("large", 200), ("small", 12), ("tiny", 8))
+        for n in range(count)
+    ]
+    rows += [
+        {
+            "id": f"pair/{n}",
+            "prompt": f"What is {n} plus {n}, please? ",
+            "completion": f"It is {n + n}.",
+            "source": "pairs",
+        }
+        for n in range(60)
+    ]
+    file = root / "x.jsonl"
+    file.write_text("".join(json.dumps({**row, "license": "MIT", "owner": "Ada"}) + "\n" for row in rows))
+    collect([str(file)], root / "out")
+    return root / "out" / "permissive"
 
 
-def test_the_budget_is_kept(tokenizer):
-    """No more tokens than asked for are laid out, and no document is named that gave none of them."""
-    whole, whole_labels, _ = tokenize_documents(DOCUMENTS, tokenizer, 1000)
-    first = len(tokenize_documents(DOCUMENTS[:1], tokenizer, 1000)[0])
-    for budget in (1, 5, first, first + 1, len(whole) - 1, len(whole), len(whole) + 1):
-        ids, labels, used = tokenize_documents(DOCUMENTS, tokenizer, budget)
-        assert np.array_equal(ids, whole[:budget])
-        assert np.array_equal(labels, whole_labels[:budget])
-        assert len(used) == np.count_nonzero(ids == 0)
-        assert used == DOCUMENTS[: len(used)]
+@pytest.fixture(scope="module")
+def tokens(side: Path) -> Tokens:
+    return open_tokens(side, DEFAULT_POLICY, 400)
 
 
-def test_the_order_depends_on_the_seed_alone():
-    """Whatever order documents come in, they are drawn in one that the seed decides, each once."""
-    documents = [Document(id=f"d{n}", text="x") for n in range(50)]
-    order = list(shuffled(documents, 3))
-    assert list(shuffled(documents[::-1], 3)) == order
-    assert sorted(order, key=lambda d: d.id) == sorted(documents, key=lambda d: d.id)
-    assert list(shuffled(documents, 4)) != order
-    assert order != documents
+def test_tokens_are_those_of_the_texts(side: Path, tokens: Tokens):
+    """Every training and validation document stands in its range, start token first, prompt and text in one."""
+    rows = {row.id: row for row in tokens.rows}
+    for split in ("train", "val"):
+        array, end = tokens.array(split), 0
+        for document in Corpus.open(side).documents(split):
+            row = rows.pop(document.id)
+            assert (row.begin, array[row.begin]) == (end, tokens.tokenizer.bos_token_id)
+            assert tokens.tokenizer.decode(array[row.begin + 1 : row.end]) == document.full_text
+            assert tokens.tokenizer.decode(array[row.begin + 1 : row.begin + 1 + row.prompt]) == document.prompt
+            assert (row.license, row.owner, row.source, row.tier) == ("MIT", "Ada", document.source, "SW")
+            end = row.end
+        assert end == len(array)
+    assert rows == {}
 
 
-def test_sequences_are_cuts_of_one_length():
-    """Tokens are cut into whole sequences, each token once and in order; a shorter rest is left out."""
-    ids = np.arange(23, dtype=np.int64)
-    sequences = Sequences(ids, ids + 100, 5)
-    assert len(sequences) == 4
-    assert torch.cat([row["input_ids"] for row in sequences]).tolist() == list(range(20))
-    assert torch.cat([row["labels"] for row in sequences]).tolist() == list(range(100, 120))
-    assert len(Sequences(ids[:4], ids[:4], 5)) == 0
+def test_tokens_are_made_once(side: Path, tokens: Tokens, monkeypatch: pytest.MonkeyPatch):
+    """A second opening reads what the first one made, and maps it instead of reading it."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("tokenised twice")
+
+    monkeypatch.setattr("training.tokens.tokenize", never)
+    again = open_tokens(side, DEFAULT_POLICY, 400)
+    assert isinstance(again.array("train"), np.memmap)
+    assert np.array_equal(again.array("train"), tokens.array("train"))
+
+
+def everything(mixture: Mixture) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [mixture.sequence(name, n) for name, domain in mixture.domains.items() for n in range(domain.sequences)]
+
+
+def test_one_pass_gives_every_token_once(tokens: Tokens):
+    """The sequences of one pass are the documents end to end, in an order of the seed's, but for a shorter rest."""
+    mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=3)
+    ids = np.concatenate([ids for ids, _ in everything(mixture)])
+    found = [tuple(piece) for piece in np.split(ids, np.flatnonzero(ids == 0)[1:])]
+    array = tokens.array("train")
+    wanted = {tuple(array[row.begin : row.end]): row.id for row in tokens.rows if row.split == "train"}
+    assert all(piece in wanted for piece in found[:-1])
+    assert Counter(found[:-1]).most_common(1)[0][1] == 1
+    assert len(wanted) - len(found) <= 2
+    other = Mixture(tokens, "train", by=None, length=LENGTH, seed=4)
+    assert not np.array_equal(np.concatenate([ids for ids, _ in everything(other)]), ids)
+
+
+def test_prompts_are_read_and_not_learnt(tokens: Tokens):
+    """A pair's prompt has the label that the loss leaves out, also where it is cut in two; all else has its own id."""
+    mixture = Mixture(tokens, "train", by="source", length=7, seed=0)
+    ids, labels = (np.concatenate(arrays) for arrays in zip(*everything(mixture), strict=True))
+    assert np.array_equal(ids[labels != IGNORED], labels[labels != IGNORED])
+    domain = mixture.domains["pairs"]
+    ids, labels = (
+        np.concatenate(a) for a in zip(*[mixture.sequence("pairs", n) for n in range(domain.sequences)], strict=True)
+    )
+    by_text = {
+        tokens.tokenizer.decode(tokens.array("train")[row.begin + 1 : row.end]): row.prompt
+        for row in tokens.rows
+        if row.split == "train"
+    }
+    starts = np.flatnonzero(ids == 0)
+    for begin, end in itertools.pairwise(starts):
+        prompt = by_text[tokens.tokenizer.decode(ids[begin + 1 : end])]
+        hidden = np.flatnonzero(labels[begin:end] == IGNORED)
+        assert prompt > 0
+        assert np.array_equal(hidden, np.arange(1, prompt + 1))
 
 
 def test_a_sequence_with_nothing_to_learn_is_left_out():
-    """A sequence that lies within a prompt would have no loss: not a number, which ends the run. It is not drawn."""
-    ids = np.arange(15, dtype=np.int64)
-    labels = ids.copy()
-    labels[5:10] = IGNORED
-    labels[11:15] = IGNORED  # only the first token of the third has a label, and a first token is not predicted
-    [only] = DataLoader(Sequences(ids, labels, 5))
-    assert only["input_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    """A sequence that lies within a prompt would have no loss but not-a-number; its first token's label is no help."""
+    domain = Domain(np.array([0]), np.array([11]), np.array([30]), length=5, seed=0)
+    assert [domain.teaches(index) for index in range(6)] == [False, False, True, True, True, True]
+    within = Domain(np.array([0]), np.array([9]), np.array([15]), length=5, seed=0)
+    # Tokens 1 to 9 are the prompt: the second sequence is prompt alone, the third begins to learn at its second token.
+    assert [within.teaches(index) for index in range(3)] == [False, False, True]
+
+
+def test_a_second_pass_has_another_order(tokens: Tokens):
+    """When a domain is used up it is laid out anew, in another order, and in the same one for the same seed."""
+    mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)
+    again = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)
+    count = mixture.domains["all"].sequences
+    first, second = ([mixture.sequence("all", n)[0].tolist() for n in range(at, at + count)] for at in (0, count))
+    assert first != second
+    assert second == [again.sequence("all", n)[0].tolist() for n in range(count, 2 * count)]
+
+
+def test_rare_domains_count_three_times(tokens: Tokens):
+    """With upsampling, a domain under 5 % of the tokens has three times its share against the large one."""
+    mixture = Mixture(tokens, "train", by="source", length=LENGTH, seed=0)
+    plain, raised = (mixture.natural_weights(upsample=upsample) for upsample in (False, True))
+    assert plain["tiny"] < 0.05 < plain["large"]
+    assert raised["tiny"] / raised["large"] == pytest.approx(3 * plain["tiny"] / plain["large"])
+    for weights in (plain, raised):
+        assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_a_mixture_is_drawn_as_it_is_given(tokens: Tokens):
+    """Explicit weights decide how many sequences come from each domain, however large it is."""
+    mixture = Mixture(tokens, "train", by="source", length=LENGTH, seed=0)
+    weights = mixture.given_weights({"large": 1, "t*": 3})
+    drawn = mixture.draw(400, weights)
+    assert Counter(name for name, _ in drawn._chosen) == {"large": 100, "tiny": 300}
+    assert len(drawn) == len({pair for pair in drawn._chosen}) == 400
+    taught = {
+        row.source for n, row in enumerate(r for r in tokens.rows if r.split == "train") if n in set(mixture.used())
+    }
+    assert taught == {"large", "tiny"}
+    with pytest.raises(UsageError, match="'none' fits no domain"):
+        mixture.given_weights({"none": 1})
+
+
+def test_what_was_drawn_is_what_taught(tokens: Tokens):
+    """The documents listed as teachers are exactly those with a token in a drawn sequence."""
+    mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)
+    drawn = mixture.draw(20, {"all": 1.0})
+    spans = [span for _, index in drawn._chosen for span in mixture.domains["all"].spans(index)]
+    rows = [row for row in tokens.rows if row.split == "train"]
+    wanted = [n for n, row in enumerate(rows) if any(row.begin < end and begin < row.end for begin, end, *_ in spans)]
+    assert mixture.used().tolist() == wanted
+    assert 0 < len(wanted) < len(rows)
+
+
+def test_reweighting_favours_what_goes_badly():
+    """A weight is multiplied by exp(rate · loss) and scaled; an unmeasured domain is taken to be average."""
+    weights = reweighted({"a": 0.5, "b": 0.25, "c": 0.25}, {"a": 1.0, "b": 3.0}, 0.5)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert weights["b"] / weights["a"] == pytest.approx(0.5 * math.exp(0.5 * 2))
+    assert weights["c"] / weights["a"] == pytest.approx(0.5 * math.exp(0.5 * 1))
+    assert reweighted({"a": 0.4, "b": 0.6}, {}, 0.5) == {"a": 0.4, "b": 0.6}
+
+
+def test_batches_are_tensors(tokens: Tokens):
+    """What is drawn has the shape and type that a model takes."""
+    mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)
+    row = mixture.draw(2, {"all": 1.0})[0]
+    assert {key: (value.shape, value.dtype) for key, value in row.items()} == {
+        "input_ids": (torch.Size([LENGTH]), torch.int64),
+        "labels": (torch.Size([LENGTH]), torch.int64),
+    }

@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import training.loop
+import training.tokens
 from silo.cli import main
+from silo.collect import collect
 from silo.config import load_config
-from silo.corpus import collect
 from silo.errors import LicenseError, SiloError
 from silo.files import canonical_json, sha256
 from training.loop import train
@@ -107,8 +108,8 @@ def untaught(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr(training.loop, "train_tokenizer", never)
-    monkeypatch.setattr(training.loop, "tokenize_documents", never)
+    monkeypatch.setattr(training.tokens, "train_tokenizer", never)
+    monkeypatch.setattr(training.tokens, "tokenize", never)
     monkeypatch.setattr(training.loop, "optimize", never)
 
 
@@ -179,7 +180,7 @@ def test_a_row_without_a_licence_is_refused(side, untaught):
     del rows[7]["license"]
     (side / "index.jsonl").write_bytes(b"".join(map(canonical_json, rows)))
     reseal(side)
-    with pytest.raises(SiloError, match=r"index\.jsonl has a row that is none"):
+    with pytest.raises(SiloError, match=r"index\.jsonl:8 is no row of an index"):
         train(load_config(Recipe, recipe_for(side)))
     assert not (side.parents[1] / "model").exists()
 

@@ -15,13 +15,16 @@ from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+import training.checkpoint
 import training.loop
+import training.tokens
 from silo.cli import main
+from silo.collect import collect
 from silo.config import load_config
-from silo.corpus import Corpus, collect
+from silo.corpus import TRAINED_ON, Corpus
 from silo.documents import Document
 from silo.errors import SiloError, UsageError
-from silo.language_model import TRAINED_ON, LanguageModel
+from silo.language_model import LanguageModel
 from silo.modeling import SiloForCausalLM
 from training.loop import learning_rate_factor, train
 from training.recipe import Recipe
@@ -74,9 +77,9 @@ def test_same_recipe_same_bytes(recipe_file, tmp_path):
     first, first_output = run(recipe_file)
     second, second_output = run(recipe_file, f"output={tmp_path / 'again'}")
     files = {path.name for path in first_output.iterdir()}
-    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "training.json", TRAINED_ON}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "trained.json", TRAINED_ON}
     assert {path.name for path in second_output.iterdir()} == files
-    for name in files - {"training.json"}:  # which holds the output's name
+    for name in files - {"trained.json"}:  # which holds the output's name
         assert (first_output / name).read_bytes() == (second_output / name).read_bytes(), name
     assert {**first, "model": ""} == {**second, "model": ""}
     _, other = run(recipe_file, f"output={tmp_path / 'other'}", "seed=1")
@@ -118,7 +121,7 @@ def test_what_taught_is_listed(recipe_file, side):
     assert 0 < len(in_weights) < len(rows)
     assert len(in_weights) == summary["documents"]
     assert Counter(row["license"] for row in in_weights) == summary["documents_by_license"]
-    noted = json.loads((output / "training.json").read_bytes())
+    noted = json.loads((output / "trained.json").read_bytes())
     assert noted["corpus"] == Corpus.open(side).fingerprint
     assert noted["recipe"]["corpus"] == str(side)
 
@@ -178,7 +181,7 @@ def test_a_wrong_recipe_is_wrong_use(recipe_file, tmp_path, override, said, monk
     def never(*_: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(training.loop, "train_tokenizer", never)
+    monkeypatch.setattr(training.tokens, "train_tokenizer", never)
     result = CliRunner().invoke(main, ["train", str(recipe_file), override])
     assert isinstance(result.exception, SystemExit), result.exception
     assert (result.exit_code, result.stdout) == (2, "")
@@ -227,7 +230,7 @@ def test_a_failing_write_leaves_nothing(recipe_file, tmp_path, monkeypatch, step
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.loop, step, full)
+    monkeypatch.setattr(training.checkpoint, step, full)
     result = CliRunner().invoke(main, ["train", str(recipe_file)])
     assert (result.exit_code, result.stderr) == (1, "error: input/output: No space left on device\n")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
@@ -236,8 +239,8 @@ def test_a_failing_write_leaves_nothing(recipe_file, tmp_path, monkeypatch, step
 def test_a_kill_leaves_no_model(recipe_file, tmp_path):
     """Killed with all but the last file written, a run leaves no model, and the next one sweeps up and makes it."""
     program = (
-        "import os, signal, sys\nimport training.loop\nfrom silo.cli import main\n"
-        "training.loop.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nimport training.checkpoint\nfrom silo.cli import main\n"
+        "training.checkpoint.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(['train', *sys.argv[1:]])\n"
     )
     command = [sys.executable, "-c", program, str(recipe_file)]

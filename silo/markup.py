@@ -10,9 +10,8 @@ import html
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
 
-METHODS = {"lm": "model", "knn": "kNN", "ric": "RIC", "ngram": "∞-gram"}
 BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -59,6 +58,24 @@ def visible(text: str, *, spaces: bool = False) -> str:
         return character
 
     return "".join(map(shown, text))
+
+
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def page(title: str, *body: str) -> str:
+    """A whole page. It loads and runs nothing: its style is inside it, and its content policy forbids the rest."""
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<meta name="color-scheme" content="light dark">'),
+        tag("title", title),
+        Html(f"<style>\n{style}</style>"),
+    )
+    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', *body), lang='en')}\n"
 
 
 def section(title: str, *children: str) -> Html:
@@ -127,34 +144,7 @@ def probability(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 or value <= 0 else f"{value:.1e}"
 
 
-def ratio(values: dict[str, float], best: str) -> str:
-    """The perplexity of a mixture as a multiple of that of the model alone."""
-    return f"{number(values[best] / values['lm'], 3)} ×" if values.get("lm") and values.get(best) else "—"
-
-
 def some(names: Sequence[str], shown: int = 3) -> str:
     """The first names of many."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-def mixtures(report: dict[str, Any]) -> list[str]:
-    """The mixtures that were measured, the model alone first and all methods together last."""
-    measured = report["perplexity"]["restricted"]
-    return [name for name in ("lm", *(f"lm+{method}" for method in METHODS), "all") if name in measured]
-
-
-def methods(report: dict[str, Any]) -> list[str]:
-    """The methods that were used, the model first."""
-    return [method for method in METHODS if method == "lm" or f"lm+{method}" in mixtures(report)]
-
-
-def mixture_title(name: str) -> str:
-    """What a mixture is called on the page."""
-    method = name.removeprefix("lm+")
-    return {"lm": "Model alone", "all": "All together"}.get(name, f"+\N{NO-BREAK SPACE}{METHODS.get(method, method)}")
-
-
-def owners(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the rights holders, without that of the permissive test text."""
-    return [each for each in report["owners"] if not each.get("permissive")]
