@@ -11,17 +11,11 @@ anything but times.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
-
-PACKAGES = ("torch", "transformers", "accelerate", "faiss-cpu", "pyserini", "numpy", "tokenizers")
+from recording import commit, machine
 
 
 @click.command()
@@ -49,35 +43,6 @@ def main(logs: tuple[Path, Path]) -> None:
     }
     print(json.dumps(result, indent=1))
     sys.exit(0 if equal else 1)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {name: version(name) for name in PACKAGES}
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_bytes": memory,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def commit() -> str:
-    """The commit that is checked out, with a plus if the tree differs from it."""
-    here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 if __name__ == "__main__":

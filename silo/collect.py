@@ -38,7 +38,7 @@ from silo.pairs import pairs_of
 from silo.shingles import word_spans
 from silo.sources import open_source
 
-MARGIN_WORDS = 16
+MARGIN_WORDS = 24
 """Words cut away on both sides of a passage: where its edges were edited, no shingle tells."""
 DROPPED_SHARE = 0.5
 """A document of which so much would be cut is dropped whole."""

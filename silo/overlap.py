@@ -20,7 +20,7 @@ from silo.shingles import SHINGLE_WORDS, Shingles, shingles
 
 PASSAGE_WORDS = 40
 """A passage is a cluster of shared shingles that covers at least so many words."""
-PASSAGE_GAP = 16
+PASSAGE_GAP = 32
 """Words that may lie between two shared shingles of one passage: an edited stretch."""
 PASSAGE_VARIETY = 12
 """Different shared shingles that a passage has at least; a row of zeros in a table has one."""

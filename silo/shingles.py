@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHINGLE_WORDS = 8
-"""Words a shingle. Six in a row are a 13-gram, the usual measure of copied text (GPT-3, section C); single ones survive
-an edit in every tenth word, of which 13-grams leave little."""
+SHINGLE_WORDS = 6
+"""Words a shingle. Eight in a row are a 13-gram, the usual measure of copied text (GPT-3, appendix C); but single ones
+survive an edit in every sixth word, of which 13-grams leave nothing."""
 
 _PRIME = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2**64
 _INVERSE = pow(_PRIME, -1, 1 << 64)

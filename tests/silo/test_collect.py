@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from silo.audit import read_findings
-from silo.collect import collect, without
+from silo.collect import MARGIN_WORDS, collect, without
 from silo.corpus import SIDES, Corpus, split_of
 from silo.documents import Document
 from silo.errors import SiloError
@@ -96,7 +96,7 @@ def test_what_a_policy_refuses_is_nowhere(tmp_path: Path):
     assert not (out / "restricted").exists()
     assert findings(out)["g"] == ("refused", "refused by the policy")
     (kept,) = documents(out).values()
-    assert kept.text.split() == own.split()[:-16]
+    assert kept.text.split() == own.split()[:-MARGIN_WORDS]
 
 
 @pytest.mark.parametrize("edited", [False, True])
@@ -120,7 +120,7 @@ def test_restricted_passages_are_cut_out(tmp_path: Path, edited):
     first, last = left.split("\n\n")
     assert before.startswith(first)
     assert after.endswith(last)
-    assert len(left.split()) > 600 - 2 * 30
+    assert len(left.split()) > 600 - 2 * (MARGIN_WORDS + 14)
     assert findings(out)[in_train("ours")] == ("cut", "repeats restricted text")
     assert findings(out).keys() == {in_train("ours")}
 
@@ -152,7 +152,7 @@ def test_training_text_does_not_repeat_held_out_text(tmp_path: Path):
     out = collected(tmp_path, rows)
     kept = documents(out)
     assert kept[held].text == test
-    assert kept[in_train("a")].text.split() == own.split()[:-16]
+    assert kept[in_train("a")].text.split() == own.split()[:-MARGIN_WORDS]
     assert kept[in_train("b")].text == rows[2]["text"]
 
 
@@ -163,7 +163,7 @@ def test_given_evaluation_text_is_kept_out_and_not_written(tmp_path: Path):
     against.write_text(json.dumps(document("x", test, "unknown")) + "\n")
     out = collected(tmp_path, [document(in_train("x"), f"{own} {test}")], against=[str(against)])
     assert not (out / "restricted").exists()
-    assert documents(out)[in_train("x")].text.split() == own.split()[:-16]
+    assert documents(out)[in_train("x")].text.split() == own.split()[:-MARGIN_WORDS]
 
 
 def test_near_duplicates_go_and_the_held_out_one_stays(tmp_path: Path):

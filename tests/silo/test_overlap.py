@@ -8,6 +8,7 @@ import pytest
 
 import silo.overlap
 from silo.overlap import Overlap, Passage, Role, batches, similarity
+from silo.shingles import SHINGLE_WORDS
 from silo.sources import open_source
 
 WORDS = [f"word{n}" for n in range(5000)]
@@ -101,7 +102,7 @@ def test_near_duplicates_are_proposed_and_confirmed(tmp_path: Path):
     proposed = list(overlap.similar())
     assert (1, 0) in proposed
     similar = [similarity(*(documents[number][0].encode() for number in pair)) for pair in ((1, 0), (2, 0))]
-    assert similar[0] == pytest.approx(1 / (1 + 2 * 8 / (50 - 8)), abs=0.02)
+    assert similar[0] == pytest.approx(1 / (1 + 2 * SHINGLE_WORDS / (50 - SHINGLE_WORDS)), abs=0.02)
     assert similar[1] < 0.2
 
 

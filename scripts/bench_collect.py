@@ -1,0 +1,170 @@
+"""Throughput and memory of collect + audit + tokenise, beside tokenising the same text alone.
+
+    python scripts/bench_collect.py CORPUS/*.jsonl.zst > scripts/results/collect.json
+
+Each measurement is a process of its own; ours and the peer take turns, on the same texts with the same tokenizer (trained
+once, before). The peer is `tokenizers` alone: `encode_batch_fast` over every text. Then ours once more on four times the
+text, for memory: three more copies with their letters shifted, so that no copy is a duplicate.
+
+Prints one JSON document: machine, command, commit, data hash, medians, spread, ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from recording import commit, files_hash, machine
+from tokenizers import Tokenizer
+
+from silo.audit import audit
+from silo.collect import collect
+from silo.corpus import Corpus
+from silo.documents import Document
+from silo.files import canonical_json
+from silo.licensing import DEFAULT_POLICY
+from silo.sources import open_source
+from training.tokens import _wrapped, tokenize, train_tokenizer
+
+LETTERS = [b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+PEER_BATCH = 256
+
+
+@click.group()
+def main() -> None:
+    """See the module."""
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--vocab-size", default=16_384, show_default=True)
+def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
+    """Measure, and print one JSON document."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        tokenizer = root / "tokenizer.json"
+        documents = [d for file in files for d in open_source(str(file)) if DEFAULT_POLICY.tier(d).permissive]
+        train_tokenizer((d.text for d in documents[::5]), vocab_size).backend_tokenizer.save(str(tokenizer))
+        characters = sum(len(d.text.encode()) for file in files for d in open_source(str(file)))
+        heap = [str(file.resolve()) for file in files]
+        ours, peer = [], []
+        for _ in range(rounds):
+            peer.append(worker("alone", tokenizer, root, heap))
+            ours.append(worker("ours", tokenizer, root, heap))
+        larger = [str(shifted(files, root / f"copy{n}.jsonl", 7 * n)) for n in (1, 2, 3)]
+        fourfold = worker("ours", tokenizer, root, heap + larger)
+    seconds = [sum(each["seconds"].values()) for each in ours]
+    alone = [each["seconds"]["tokenise"] for each in peer]
+    ratios = [one / other for one, other in zip(seconds, alone, strict=True)]
+    report = {
+        "machine": machine(),
+        "command": "python scripts/bench_collect.py run " + " ".join(file.name for file in files),
+        "commit": commit(),
+        "data": files_hash(files),
+        "megabytes": characters / 1e6,
+        "rounds": rounds,
+        "vocab_size": vocab_size,
+        "result": {
+            "ratio": statistics.median(ratios),
+            "ratio_spread": [min(ratios), max(ratios)],
+            "seconds": {name: statistics.median(each["seconds"][name] for each in ours) for name in ours[0]["seconds"]},
+            "seconds_alone": statistics.median(alone),
+            "megabytes_per_second": characters / 1e6 / statistics.median(seconds),
+            "megabytes_per_second_alone": characters / 1e6 / statistics.median(alone),
+            "tokens": [ours[0]["tokens"], peer[0]["tokens"]],
+            "peak_memory_bytes": {"1x": ours[-1]["peak"], "4x": fourfold["peak"], "alone": peer[-1]["peak"]},
+            "seconds_4x": fourfold["seconds"],
+        },
+    }
+    print(json.dumps(report, indent=1))
+
+
+def worker(kind: str, tokenizer: Path, root: Path, files: list[str]) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
+    command = [sys.executable, __file__, "work", kind, str(tokenizer), str(root / "out"), *files]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    shutil.rmtree(root / "out", ignore_errors=True)
+    print(f"{kind}: {done.stdout.decode().strip()}", file=sys.stderr)
+    return json.loads(done.stdout)
+
+
+@main.command(hidden=True)
+@click.argument("kind", type=click.Choice(["ours", "alone"]))
+@click.argument("tokenizer", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1)
+def work(kind: str, tokenizer: Path, out: Path, files: tuple[str, ...]) -> None:
+    """One measurement; prints seconds by step, tokens and peak memory."""
+    seconds, tokens = ours(files, tokenizer, out) if kind == "ours" else alone(files, tokenizer)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "tokens": tokens, "peak": peak}))
+
+
+def ours(files: tuple[str, ...], tokenizer: Path, out: Path) -> tuple[dict[str, float], int]:
+    """Collect, audit, and tokenise the training and validation text of both sides."""
+    steps, tokens = [time.perf_counter()], 0
+    collect(list(files), out)
+    steps.append(time.perf_counter())
+    audit(out)
+    steps.append(time.perf_counter())
+    for side in ("permissive", "restricted"):
+        tokenize(Corpus.open(out / side), DEFAULT_POLICY, _wrapped(Tokenizer.from_file(str(tokenizer))), out / f"t-{side}")
+        tokens += sum(json.loads((out / f"t-{side}" / "manifest.json").read_bytes())["tokens"].values())
+    steps.append(time.perf_counter())
+    return {name: steps[n + 1] - steps[n] for n, name in enumerate(("collect", "audit", "tokenise"))}, tokens
+
+
+def alone(files: tuple[str, ...], tokenizer: Path) -> tuple[dict[str, float], int]:
+    """Tokenise the texts that :func:`ours` tokenises, and nothing else. Reading them is not counted."""
+    from silo.corpus import split_of
+
+    backend, seconds, tokens = Tokenizer.from_file(str(tokenizer)), 0.0, 0
+    for batch in batches(d for file in files for d in open_source(file)):
+        texts = [d.text for d in batch if split_of(d.id, side_of(d)) in ("train", "val")]
+        begin = time.perf_counter()
+        tokens += sum(len(encoded.ids) for encoded in backend.encode_batch_fast(texts, add_special_tokens=False))
+        seconds += time.perf_counter() - begin
+    return {"tokenise": seconds}, tokens
+
+
+def side_of(document: Document) -> str:
+    """The side that a document's declared licence puts it on."""
+    return "permissive" if DEFAULT_POLICY.tier(document).permissive else "restricted"
+
+
+def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents, so many at a time."""
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == PEER_BATCH:
+            yield batch
+            batch = []
+    yield batch
+
+
+def shifted(files: tuple[Path, ...], out: Path, by: int) -> Path:
+    """A copy of the documents with every ASCII letter moved on by some places, under ids of its own."""
+    table = bytes.maketrans(b"".join(LETTERS), b"".join(each[by:] + each[:by] for each in LETTERS))
+    with open(out, "wb") as file:
+        for source in files:
+            for document in open_source(str(source)):
+                record = {**document.to_json(), "id": f"{by}/{document.id}"}
+                record["text"] = document.text.encode().translate(table).decode()
+                file.write(canonical_json(record))
+    return out
+
+
+if __name__ == "__main__":
+    main()
