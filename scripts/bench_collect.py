@@ -2,9 +2,9 @@
 
     python scripts/bench_collect.py CORPUS/*.jsonl.zst > scripts/results/collect.json
 
-Each measurement is a process of its own; ours and the peer take turns, on the same texts with the same tokenizer (trained
-once, before). The peer is `tokenizers` alone: `encode_batch_fast` over every text. Then ours once more on four times the
-text, for memory: three more copies with their letters shifted, so that no copy is a duplicate.
+Each measurement is a process of its own; ours and the peer take turns, on the same texts with the same tokenizer
+(trained once, before). The peer is `tokenizers` alone: `encode_batch_fast` over every text. Then ours once more on four
+times the text, for memory: three more copies with their letters shifted, so that no copy is a duplicate.
 
 Prints one JSON document: machine, command, commit, data hash, medians, spread, ratio.
 """
@@ -106,26 +106,35 @@ def worker(kind: str, tokenizer: Path, root: Path, files: list[str]) -> dict[str
 @click.argument("files", nargs=-1)
 def work(kind: str, tokenizer: Path, out: Path, files: tuple[str, ...]) -> None:
     """One measurement; prints seconds by step, tokens and peak memory."""
-    seconds, tokens = ours(files, tokenizer, out) if kind == "ours" else alone(files, tokenizer)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "tokens": tokens, "peak": peak}))
+    seconds, tokens, peaks = ours(files, tokenizer, out) if kind == "ours" else alone(files, tokenizer)
+    print(json.dumps({"seconds": seconds, "tokens": tokens, "peak": peaks}))
 
 
-def ours(files: tuple[str, ...], tokenizer: Path, out: Path) -> tuple[dict[str, float], int]:
+def peak() -> int:
+    """Peak memory of this process so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def ours(files: tuple[str, ...], tokenizer: Path, out: Path) -> tuple[dict[str, float], int, dict[str, int]]:
     """Collect, audit, and tokenise the training and validation text of both sides."""
-    steps, tokens = [time.perf_counter()], 0
+    seconds, peaks, tokens, begin = {}, {}, 0, time.perf_counter()
+
+    def done(step: str) -> None:
+        seconds[step], peaks[step] = time.perf_counter() - begin - sum(seconds.values()), peak()
+
     collect(list(files), out)
-    steps.append(time.perf_counter())
+    done("collect")
     audit(out)
-    steps.append(time.perf_counter())
+    done("audit")
     for side in ("permissive", "restricted"):
-        tokenize(Corpus.open(out / side), DEFAULT_POLICY, _wrapped(Tokenizer.from_file(str(tokenizer))), out / f"t-{side}")
-        tokens += sum(json.loads((out / f"t-{side}" / "manifest.json").read_bytes())["tokens"].values())
-    steps.append(time.perf_counter())
-    return {name: steps[n + 1] - steps[n] for n, name in enumerate(("collect", "audit", "tokenise"))}, tokens
+        wrapped = _wrapped(Tokenizer.from_file(str(tokenizer)))
+        tokenize(Corpus.open(out / side), DEFAULT_POLICY, wrapped, out / f"tokens-{side}")
+        tokens += sum(json.loads((out / f"tokens-{side}" / "manifest.json").read_bytes())["tokens"].values())
+    done("tokenise")
+    return seconds, tokens, peaks
 
 
-def alone(files: tuple[str, ...], tokenizer: Path) -> tuple[dict[str, float], int]:
+def alone(files: tuple[str, ...], tokenizer: Path) -> tuple[dict[str, float], int, dict[str, int]]:
     """Tokenise the texts that :func:`ours` tokenises, and nothing else. Reading them is not counted."""
     from silo.corpus import split_of
 
@@ -135,7 +144,7 @@ def alone(files: tuple[str, ...], tokenizer: Path) -> tuple[dict[str, float], in
         begin = time.perf_counter()
         tokens += sum(len(encoded.ids) for encoded in backend.encode_batch_fast(texts, add_special_tokens=False))
         seconds += time.perf_counter() - begin
-    return {"tokenise": seconds}, tokens
+    return {"tokenise": seconds}, tokens, {"tokenise": peak()}
 
 
 def side_of(document: Document) -> str:

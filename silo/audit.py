@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from silo.corpus import FORMAT, MODEL_CARD, SIDES, TRAINED_ON, Corpus
 from silo.documents import Document
 from silo.files import check_digest, read_sealed, sha256_file
 from silo.findings import OUTCOMES, Finding
 from silo.licensing import Policy, Tier
+from silo.overlap import Overlap, Role, batches
 
 _EXAMPLES = 5
 """Findings that a summary shows of each reason; ``findings.jsonl`` lists them all."""
@@ -118,6 +122,42 @@ def audit_model(path: Path) -> dict[str, Any]:
         for (tier, license), count in sorted(counts.items())
     ]
     return {"licenses": table, "collected": card["corpus"], "trained_on_sha256": card["trained_on_sha256"]}
+
+
+def repeated(path: Path, others: Iterable[Document]) -> dict[str, Any]:
+    """Passages of a corpus's permissive side that stand in other text as well, such as a store's.
+
+    Returns:
+        How many documents repeat something, and each with its longest passage and whose that is.
+    """
+    side = path / "permissive" if (path / "permissive" / "manifest.json").is_file() else path
+    corpus, names, roles = Corpus.open(side), [], []
+
+    def texts() -> Iterator[bytes]:
+        mine = (document for split in SIDES[corpus.manifest["side"]] for document in corpus.documents(split))
+        for role, documents in ((Role.TRAINING, mine), (Role.RESTRICTED, others)):
+            for document in documents:
+                names.append((document.id, document.license))
+                roles.append(role)
+                yield document.full_text.encode()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        overlap = Overlap(Path(scratch) / "overlap")
+        for batch in batches(texts()):
+            overlap.add(batch)
+        overlap.compare(np.asarray(roles), np.arange(len(roles)))
+        rows = []
+        for number, passages in overlap.passages():
+            worst = max(passages, key=lambda passage: (passage.words, -passage.begin))
+            theirs, license = names[worst.other]
+            words = sum(passage.words for passage in passages)
+            longest = {"words": worst.words, "begin": worst.begin, "end": worst.end}
+            rows.append({"id": names[number][0], "words": words, "longest": longest, "of": theirs, "license": license})
+    return {"documents": len(rows), "compared_with": roles.count(Role.RESTRICTED), "rows": sorted(rows, key=_by_id)}
+
+
+def _by_id(row: dict[str, Any]) -> str:
+    return str(row["id"])
 
 
 def read_findings(path: Path) -> Iterator[Finding]:

@@ -26,6 +26,9 @@ COMMANDS = {
 }
 """Name → (where it lives, what ``silo --help`` says of it)."""
 
+STORE_TEXTS = "datastore.texts:documents_of_store"
+"""Reads a store's documents, for commands of this layer that are given one."""
+
 
 class LazyGroup(click.Group):
     """A group whose commands are imported only when one of them is called, and whose errors are one line each."""
@@ -54,8 +57,7 @@ class LazyGroup(click.Group):
         """Import the module of one command."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return named(COMMANDS[cmd_name][0])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing any."""
@@ -71,6 +73,12 @@ def main() -> None:
     The weights learn only from permissively licensed text; everything else lives in a store beside the model, one
     shard per rights holder, read at inference time and gone when the holder says so.
     """
+
+
+def named(target: str) -> Any:
+    """What ``module:attribute`` names."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def reports(render: Callable[[Any], None]) -> Callable[[Callable[..., Any]], Callable[..., None]]:

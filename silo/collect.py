@@ -66,6 +66,7 @@ def collect(
     against: Iterable[str] = (),
     downloads: Path | None = None,
     recipe: Path | None = None,
+    diversify: tuple[Path, float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read sources, sort their documents by tier, and write a corpus that is whole or absent.
@@ -81,6 +82,7 @@ def collect(
         against: sources of evaluation text. It is kept out of the permissive side, and not written.
         downloads: where archives from PyPI are kept.
         recipe: how to read the rows of ``hf:`` sources; see :mod:`silo.hub`.
+        diversify: the directory of a model, and the share of training documents to keep; see :mod:`silo.diversify`.
         progress: told of each document read.
 
     Returns:
@@ -108,6 +110,8 @@ def collect(
                     catalogue.read(spec, _open(spec, catalogue, downloads, recipe))
                 catalogue.require_some(sources)
                 catalogue.sift()
+                if diversify is not None:
+                    catalogue.diversify(*diversify)
                 summary = _write(partial, catalogue, policy, pairs)
             shutil.rmtree(work)
             lock.unlink()
@@ -347,22 +351,54 @@ class Catalogue:
             id, theirs = self._one("id", number)[0], self._one("id", other)[0].rpartition("\n")[2]
             self._refuse(number, Finding(id, "a near-duplicate", f"{found:.0%} of the shingles of both: {theirs}"))
 
+    def diversify(self, model: Path, keep: float) -> None:
+        """Drop the permissive training documents that say what others say, by a model's own keys.
+
+        An embedding is the mean key over the first window of a document.
+        """
+        from silo.diversify import redundant
+        from silo.language_model import LanguageModel
+
+        lm = LanguageModel.load(model)
+        restricted = _TIERS.index(Tier.RESTRICTED)
+        where = f"kept AND NOT is_pair AND tier < {restricted} ORDER BY id"
+        chosen = [(n, id) for n, id in self._all("number, id", where) if split_of(id) == "train"]
+        path = Path(self._spool.name).with_name("embeddings")
+        shape = (len(chosen), lm.key_spec.dimension)
+        if not chosen:
+            return
+        embeddings = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+        for place, (number, _) in enumerate(chosen):
+            document = self._document(*self._one("offset, bytes", number))
+            embeddings[place] = lm.keys(lm.tokenize(document)[: lm.key_spec.context]).mean(axis=0)
+            self._progress("diversify", place + 1)
+        for each in redundant(embeddings, keep):
+            number, id = chosen[each.index]
+            like = "its cluster" if each.other is None else chosen[each.other][1]
+            self._refuse(
+                number, Finding(id, "redundant: says what others say", f"cosine {each.similarity:.3f} to {like}")
+            )
+
     def _refuse(self, number: int, finding: Finding) -> None:
         self._database.execute("UPDATE documents SET kept = 0 WHERE number = ?", (number,))
         self.note(finding)
 
     # --- giving out ---------------------------------------------------------------------------------------------------
 
-    def kept(self, *, permissive: bool) -> Iterator[Document]:
-        """The documents of one side, by id, with restricted passages cut out."""
+    def kept(self, *, permissive: bool) -> Iterator[tuple[Document, bytes | None]]:
+        """The documents of one side, by id, with copied passages cut out; and the line of one that did not change."""
         sign = "<" if permissive else ">="
         where = f"kept AND tier {sign} {_TIERS.index(Tier.RESTRICTED)} ORDER BY id"
+        cut = "SELECT begin, end FROM cuts WHERE number = ? ORDER BY 1"
         for number, license, offset, length in self._all("number, license, offset, bytes", where):
-            document = replace(self._document(offset, length), license=license)
-            cuts = self._database.execute(
-                "SELECT begin, end FROM cuts WHERE number = ? ORDER BY 1", (number,)
-            ).fetchall()
-            yield replace(document, text=without(document.text, cuts)) if cuts else document
+            self._spool.seek(offset)
+            line = self._spool.read(length)
+            document = parse_document(line, where="the spool")
+            cuts = self._database.execute(cut, (number,)).fetchall()
+            if not cuts and document.license == license:
+                yield document, line
+            else:
+                yield replace(document, license=license, text=without(document.text, cuts)), None
 
     def is_new(self, pair: Document) -> bool:
         """Whether no pair of the same text was asked for before."""
@@ -398,11 +434,12 @@ class Catalogue:
         return self._database.execute(query).fetchone()[0]
 
 
-def without(text: str, cuts: Iterable[tuple[int, int]]) -> str:
+def without(text: str, cuts: list[tuple[int, int]]) -> str:
     """A text without some runs of its words, each given as (begin, end); an empty line stands where one was."""
-    data = text.encode()
+    if not cuts:
+        return text
+    data, pieces, at = text.encode(), [], 0
     begins, ends = word_spans(data)
-    pieces, at = [], 0
     for begin, end in cuts:
         pieces.append(data[at : begins[begin]])
         at = int(ends[end - 1])
@@ -430,9 +467,9 @@ def _write(root: Path, catalogue: Catalogue, policy: Policy, pairs: bool) -> dic
     writers = {}
     for side in SIDES:
         writer = None
-        for document in catalogue.kept(permissive=side == "permissive"):
+        for document, line in catalogue.kept(permissive=side == "permissive"):
             writer = writers[side] = writer or _SideWriter(root / side, side, policy, tally)
-            writer.write(document)
+            writer.write(document, line)
             for pair in pairs_of(document) if pairs and side == "permissive" else ():
                 if catalogue.is_new(pair):
                     writer.write(pair)
@@ -457,10 +494,10 @@ class _SideWriter:
         self._files = {name: _HashedFile(directory / name) for name in names}
         self._counts: Counter[str] = Counter()
 
-    def write(self, document: Document) -> None:
-        """Append a document's line to its split, and its row to the index."""
+    def write(self, document: Document, line: bytes | None = None) -> None:
+        """Append a document's line to its split, and its row to the index. ``line`` saves spelling it out again."""
         split = split_of(document.id, self._side)
-        line = canonical_json(document.to_json())
+        line = line or canonical_json(document.to_json())
         file = self._files[f"{split}.jsonl"]
         tier = self._policy.tier(document)
         row = Row(

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from silo.cli import reports
+from silo.cli import STORE_TEXTS, named, reports
 from silo.errors import UsageError
 from silo.findings import OUTCOMES
 from silo.licensing import DEFAULT_POLICY, load_policy
@@ -39,6 +39,8 @@ def render(summary: dict[str, Any]) -> None:
     for outcome in OUTCOMES:
         if summary.get(outcome):
             console.print(_findings(TITLES[outcome], summary[outcome]))
+    if "repeated" in summary:
+        console.print(_repeated(summary["repeated"]))
 
 
 def _findings(title: str, groups: list[dict[str, Any]]) -> Table:
@@ -48,6 +50,16 @@ def _findings(title: str, groups: list[dict[str, Any]]) -> Table:
     for group in groups:
         example = group["examples"][0]
         table.add_row(group["reason"], f"{group['documents']:,}", escape(f"{example['id']}: {example['detail']}"))
+    return table
+
+
+def _repeated(found: dict[str, Any], shown: int = 20) -> Table:
+    title = f"{found['documents']:,} permissive documents repeat text of {found['compared_with']:,} others"
+    table = Table(title=title, title_justify="left")
+    for name in ("document", "words", "of"):
+        table.add_column(name, justify="right" if name == "words" else "left", overflow="fold")
+    for row in sorted(found["rows"], key=lambda row: -row["words"])[:shown]:
+        table.add_row(escape(row["id"]), f"{row['words']:,}", escape(f"{row['of']} ({row['license']})"))
     return table
 
 
@@ -83,9 +95,15 @@ PATH = click.Path(path_type=Path)
 @click.option("--recipe", type=PATH, help="YAML: fields and licences of hf: and Parquet sources.")
 @click.option("--against", multiple=True, metavar="SOURCE", help="Evaluation text that training text must not repeat.")
 @click.option("--pairs", is_flag=True, help="Add text pairs: signature and docstring, body.")
+@click.option(
+    "--diversify", type=PATH, metavar="MODEL", help="Drop training documents that mean what others mean (D4)."
+)
+@click.option("--keep", type=float, default=0.8, show_default=True, help="Share that --diversify keeps.")
 @click.option("--downloads", type=PATH, help="Where archives from PyPI are kept and looked for.")
 @reports(render)
-def collect(sources: tuple[str, ...], out: Path, policy: Path | None, **options: Any) -> dict[str, Any]:
+def collect(
+    sources: tuple[str, ...], out: Path, policy: Path | None, diversify: Path | None, keep: float, **options: Any
+) -> dict[str, Any]:
     """Read each SOURCE and write its documents, sorted by licence, to --out.
 
     SOURCE is a .jsonl, .parquet or text file (plain, .gz or .zst), a directory of such files, hf:NAME or
@@ -99,7 +117,10 @@ def collect(sources: tuple[str, ...], out: Path, policy: Path | None, **options:
     """
     from silo.collect import collect as run
 
+    if not 0 < keep <= 1:
+        raise UsageError(f"--keep is {keep}; expected a share above 0 and at most 1")
     rules = load_policy(policy) if policy is not None else DEFAULT_POLICY
+    options["diversify"] = None if diversify is None else (diversify, keep)
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,} documents"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -119,20 +140,29 @@ def collect(sources: tuple[str, ...], out: Path, policy: Path | None, **options:
 @corpus.command()
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--model", type=PATH, help="Directory with a tokenizer.json: count tokens too.")
+@click.option(
+    "--against", metavar="STORE|SOURCE", help="Look for its text in the permissive side: a store, or any source."
+)
 @click.option("--html", type=PATH, help="Write the audit as one self-contained page, with all evidence.")
 @reports(render)
-def audit(directory: Path, model: Path | None, html: Path | None) -> dict[str, Any]:
+def audit(directory: Path, model: Path | None, against: str | None, html: Path | None) -> dict[str, Any]:
     """Read the corpus in DIR, check every checksum, and count documents by tier, licence and owner.
 
     Of a model of ours in DIR it lists the documents that taught it, by licence.
 
-        silo corpus audit corpus --model model --html audit.html
+        silo corpus audit corpus --against store --html audit.html
     """
     from silo.audit import audit as run
+    from silo.audit import repeated
+    from silo.sources import open_source
 
     if html is not None and not html.parent.is_dir():
         raise UsageError(f"{html.parent} does not exist; --html wants a file in a directory that does")
     summary = {"corpus": str(directory), **run(directory, _tokenizer(model) if model is not None else None)}
+    if against is not None:
+        is_store = (Path(against) / "store.json").is_file()
+        others = named(STORE_TEXTS)(Path(against)) if is_store else open_source(against)
+        summary["repeated"] = repeated(directory, others)
     if html is not None:
         _write_page(summary, directory, html)
     return summary

@@ -27,7 +27,7 @@ from silo.errors import DataError, UsageError
 from silo.evidence import text_claim
 from silo.files import sha256
 from silo.findings import Finding, Note
-from silo.licensing import declared_license, tier_of
+from silo.licensing import Statement, declared_license, license_statements, tier_of
 
 SHORTEST_CHARACTERS, LONGEST_CHARACTERS = 200, 200_000
 """Python files outside these bounds are refused: stubs on one side, tables and generated code on the other."""
@@ -52,16 +52,24 @@ class Distribution:
         """One field of the metadata, or an empty string."""
         return str(self.metadata.get(name) or "").strip()
 
+    def statements(self) -> list[Statement]:
+        """Everything that it says of its licence: metadata, and licence files that are stricter than metadata."""
+        classifiers = [str(value) for value in self.metadata.get_all("Classifier") or []]
+        found = license_statements(self.field("License-Expression"), self.field("License"), classifiers)
+        declared = tier_of(declared_license(found))
+        for path in sorted(self.license_files):
+            claim = text_claim(self.license_files[path]().decode("utf-8", errors="replace"))
+            if claim is not None and tier_of(claim.license) > declared:
+                found.append(Statement(path, claim.text, claim.license))
+        return found
+
     @property
     def license(self) -> str:
         """The declared licence; of one that ships a stricter licence file, both."""
-        classifiers = [str(value) for value in self.metadata.get_all("Classifier") or []]
-        declared = declared_license(self.field("License-Expression"), self.field("License"), classifiers)
-        for path in sorted(self.license_files):
-            claim = text_claim(self.license_files[path]().decode("utf-8", errors="replace"))
-            if claim is not None and tier_of(declared).permissive and not tier_of(claim.license).permissive:
-                declared = f"({declared}) AND ({claim.license})"
-        return declared
+        found = self.statements()
+        beside = [statement.license for statement in found if statement.place in self.license_files]
+        declared = declared_license(s for s in found if s.place not in self.license_files)
+        return " AND ".join(f"({name})" for name in (declared, *sorted(set(beside)))) if beside else declared
 
     @property
     def owner(self) -> str:

@@ -77,7 +77,9 @@ _CC = re.compile(
 
 _GNU_TITLE = re.compile(r"GNU\s+(?P<kind>Affero\s+|Lesser\s+|Library\s+)?General\s+Public\s+Licen[sc]e", re.IGNORECASE)
 _APACHE_TITLE = re.compile(r"Apache\s+License\W+Version\s+[12]|Licensed\s+under\s+the\s+Apache", re.IGNORECASE)
-_SHORT_NAME = re.compile(r"\b(?P<name>[AL]?GPL(?:[- ]?v?\d(?:\.\d)?)?\+?|MPL(?:[- ]?v?\d(?:\.\d)?)?)(?!\w)")
+_SHORT_NAME = re.compile(
+    r"\b(?P<name>[AL]?GPL(?:[- ]?v?\d(?:\.\d)?)?\+?|MPL(?:[- ]?v?\d(?:\.\d)?)?)(?!\w|[- ]+compatib)"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase as _matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import license_expression
 
@@ -416,21 +416,37 @@ def normalize_license(raw: str) -> str:
     return named or (NO_LICENSE if classifier else _several(text))
 
 
-def declared_license(expression: str, license: str, classifiers: Iterable[str]) -> str:
-    """The licence that a Python distribution declares in its three places; where they disagree, the strictest.
+class Statement(NamedTuple):
+    """One place that says something of a licence, and how it was read."""
+
+    place: str
+    """A metadata field, or the path of a licence file."""
+    raw: str
+    """What stands there; of a long text, its first line."""
+    license: str
+    """As SPDX, or ``NOASSERTION`` where it cannot be read."""
+
+
+def license_statements(expression: str, license: str, classifiers: Iterable[str]) -> list[Statement]:
+    """What a Python distribution declares in its three places.
 
     A classifier cannot say whether two licences are a choice or a sum, so several are a sum. A ``License`` field that
     holds an unreadable text, rather than a name, is passed over if nothing in it speaks of copyleft; an unreadable
     name is a contradiction, and restricted.
     """
-    names = [normalize_license(expression)] if _stated(expression) else []
+    found = [Statement("License-Expression", expression, normalize_license(expression))] if _stated(expression) else []
     if _stated(license):
         name = normalize_license(license)
         if name != NO_LICENSE or "\n" not in license.strip() or COPYLEFT.search(license):
-            names.append(name)
+            found.append(Statement("License", license.strip().partition("\n")[0], name))
     telling = {c for c in classifiers if c.startswith("License ::") and c != "License :: OSI Approved"}
-    names += sorted(normalize_license(classifier) for classifier in telling)
-    return max(names, key=tier_of, default=NO_LICENSE)
+    read = sorted((normalize_license(classifier), classifier) for classifier in telling)
+    return found + [Statement("Classifier", classifier, name) for name, classifier in read]
+
+
+def declared_license(statements: Iterable[Statement]) -> str:
+    """The licence that some statements come to: where they disagree, the strictest."""
+    return max((statement.license for statement in statements), key=tier_of, default=NO_LICENSE)
 
 
 def _stated(value: str) -> bool:

@@ -154,10 +154,11 @@ class Overlap:
 
         Args:
             roles: (documents,) :class:`Role` of each.
-            ranks: (documents,) their order of precedence, all different. Where several could be named or kept, the one
-                of the lowest rank is.
+            ranks: (documents,) their order of precedence, from 0, all different. Where several could be named or kept,
+                the one of the lowest rank is.
         """
         self._roles, self._ranks = roles.astype(np.uint8), ranks.astype(np.uint32)
+        self._ranked = np.argsort(self._ranks).astype(np.uint32)
         self._matches = Spill(self._directory / "matches", _MATCH)
         self._pairs = Spill(self._directory / "pairs", _PAIR)
         for records in self._spill.read(by="hash"):
@@ -166,7 +167,7 @@ class Overlap:
     def _join(self, records: np.ndarray) -> None:
         roles = self._roles[records["document"]]
         records, roles = records[roles != Role.IGNORED], roles[roles != Role.IGNORED]
-        order = np.argsort(records["hash"], kind="stable")
+        order = np.argsort(records["hash"])
         records, roles = records[order], roles[order]
         permissive = roles >= Role.EVALUATION
         ours, our_roles = records[permissive], roles[permissive]
@@ -176,10 +177,12 @@ class Overlap:
         self._propose(ours[ours["hash"] // np.uint64(_BUCKETS) % np.uint64(_SAMPLED) == 0])
 
     def _first_of_each(self, records: np.ndarray) -> np.ndarray:
-        """Of the records of each hash, that of the document with the lowest rank; sorted by hash."""
-        order = np.lexsort((self._ranks[records["document"]], records["hash"]))
-        records = records[order]
-        return records[np.diff(records["hash"], prepend=records["hash"][:1] ^ np.uint64(1)) != 0]
+        """Of records sorted by hash, one of each hash, with the document of the lowest rank that has it."""
+        begins = _begins(records["hash"])
+        first = records[begins]
+        if len(begins):
+            first["document"] = self._ranked[np.minimum.reduceat(self._ranks[records["document"]], begins)]
+        return first
 
     def _match(self, ours: np.ndarray, theirs: np.ndarray, kind: Role) -> None:
         if not len(theirs):
@@ -266,9 +269,14 @@ def _sample_sizes(found: Shingles, documents: int) -> np.ndarray:
 
 def _common(records: np.ndarray) -> np.ndarray:
     """Which of some records, sorted by hash, have a hash that more than :data:`COMMON_DOCUMENTS` of them have."""
-    begins = np.flatnonzero(np.diff(records["hash"], prepend=records["hash"][:1] ^ np.uint64(1)))
+    begins = _begins(records["hash"])
     lengths = np.diff(np.append(begins, len(records)))
     return np.repeat(lengths > COMMON_DOCUMENTS, lengths)
+
+
+def _begins(values: np.ndarray) -> np.ndarray:
+    """Where each run of equal values begins, in sorted values."""
+    return np.flatnonzero(np.diff(values, prepend=values[:1] ^ np.uint64(1)))
 
 
 def _split(array: np.ndarray, at: np.ndarray) -> Iterator[np.ndarray]:

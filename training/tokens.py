@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ SPLITS = ("train", "val")
 DOCUMENT_TOKEN = "<|document|>"
 """Stands before every document; id 0."""
 
-_BATCH = 256
-"""Documents encoded at once, which the tokenizer spreads over the processor's cores."""
+_BATCH, _BATCH_CHARACTERS = 256, 1 << 20
+"""Documents encoded at once, which the tokenizer spreads over the processor's cores: so many, or so much text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,16 +185,39 @@ def tokenize(corpus: Corpus, policy: Policy, tokenizer: PreTrainedTokenizerFast,
 def _encoded(
     documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[Document, int, np.ndarray]]:
-    """Each document with the number of its prompt's tokens and its ids, start token first."""
+    """Each document with the number of its prompt's tokens and its ids, start token first.
+
+    The tokenizer works on the next documents while the caller writes these.
+    """
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # as split_special_tokens, which the wrapper applies call by call
-    while batch := list(itertools.islice(documents, _BATCH)):
+
+    def encoded(batch: list[Document]) -> list[Any]:
         texts = [part for document in batch for part in (document.prompt, document.text) if part]
-        encoded = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-        for document in batch:
-            prompt = next(encoded).ids if document.prompt else []
-            ids = [tokenizer.bos_token_id, *prompt, *next(encoded).ids]
-            yield document, len(prompt), np.asarray(ids, dtype=np.int64)
+        return backend.encode_batch_fast(texts, add_special_tokens=False)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        batch = _batch(documents)
+        waiting = pool.submit(encoded, batch)
+        while batch:
+            following = _batch(documents)
+            parts, waiting = iter(waiting.result()), pool.submit(encoded, following)
+            for document in batch:
+                prompt = next(parts).ids if document.prompt else []
+                ids = [tokenizer.bos_token_id, *prompt, *next(parts).ids]
+                yield document, len(prompt), np.asarray(ids, dtype=np.int64)
+            batch = following
+
+
+def _batch(documents: Iterator[Document]) -> list[Document]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.full_text)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            break
+    return batch
 
 
 def _row(document: Document, policy: Policy, split: str, begin: int, prompt: int, end: int) -> TokenRow:

@@ -459,3 +459,27 @@ def test_store_opens_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_stores_text_is_found_in_a_permissive_corpus(make_store, documents, tmp_path):
+    """``silo corpus audit --against STORE`` decodes the store's tokens, and finds a copy of a document of it."""
+    from click.testing import CliRunner
+
+    from datastore.texts import documents_of_store
+    from silo.cli import main
+
+    store = make_store("store", documents)
+    assert {each.id: each.text for each in documents_of_store(store.path)} == {each.id: each.text for each in documents}
+    rows = [
+        {"id": "copy", "text": documents[5].text, "license": "MIT"},
+        {"id": "own", "text": "mine", "license": "MIT"},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runner = CliRunner()
+    assert (
+        runner.invoke(main, ["corpus", "collect", str(tmp_path / "x.jsonl"), "--out", str(tmp_path / "c")]).exit_code
+        == 0
+    )
+    result = runner.invoke(main, ["corpus", "audit", str(tmp_path / "c"), "--against", str(store.path), "--json"])
+    found = json.loads(result.stdout)["repeated"]
+    assert [(row["id"], row["of"]) for row in found["rows"]] == [("copy", documents[5].id)]

@@ -162,3 +162,19 @@ def test_the_page_shows_every_finding_with_its_evidence(tmp_path: Path):
         assert part not in html
     assert_error(run("audit", tmp_path / "out", "--html", tmp_path / "no" / "x.html"), 2, "does not exist")
     assert_error(run("audit", tmp_path / "out" / "permissive", "--html", page), 2, "has no audit.json")
+
+
+def test_audit_finds_other_text_in_the_permissive_side(tmp_path: Path):
+    """--against names each permissive document that repeats a source's text, with how many words, and whose."""
+    words = " ".join(f"word{n}" for n in range(80))
+    source = write(
+        tmp_path / "x.jsonl", {**GOOD, "text": f"own words first, {words}"}, {**GOOD, "id": "b", "text": "new"}
+    )
+    other = write(tmp_path / "y.jsonl", {**GOOD, "id": "theirs", "license": "GPL-3.0-only", "text": words})
+    run("collect", source, "--out", tmp_path / "out")
+    found = json.loads(run("audit", tmp_path / "out", "--against", other, "--json").stdout)["repeated"]
+    assert (found["documents"], found["compared_with"]) == (1, 1)
+    longest = {"words": 80, "begin": 3, "end": 83}
+    assert found["rows"] == [{"id": "a", "words": 80, "longest": longest, "of": "theirs", "license": "GPL-3.0-only"}]
+    assert "theirs (GPL-3.0-only)" in run("audit", tmp_path / "out", "--against", other).stdout
+    assert_error(run("audit", tmp_path / "out", "--against", tmp_path / "z.jsonl"), 2, "does not exist")

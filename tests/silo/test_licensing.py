@@ -15,6 +15,7 @@ from silo.licensing import (
     Tier,
     declared_license,
     is_spdx,
+    license_statements,
     load_policy,
     normalize_license,
     tier_of,
@@ -186,7 +187,7 @@ def test_real_metadata_reads_as_spdx(raw):
 )
 def test_of_contradicting_declarations_the_strictest_counts(expression, license, classifiers, wanted):
     """A distribution is no freer than the strictest of the places in which it states its licence."""
-    assert declared_license(expression, license, classifiers) == wanted
+    assert declared_license(license_statements(expression, license, classifiers)) == wanted
 
 
 DOCUMENT = Document(id="a", text="b", license="GPL-3.0-only", owner="Ada", source="pypi:ada==1")
