@@ -32,7 +32,7 @@ from silo.collect import collect
 from silo.corpus import SIDES, Corpus, split_of
 from silo.documents import Document
 from silo.files import canonical_json
-from silo.licensing import DEFAULT_POLICY
+from silo.licensing import DEFAULT_POLICY, Policy, load_policy
 from silo.shingles import shingles
 from silo.sources import open_source
 
@@ -45,7 +45,7 @@ EDITS = {"light": (0.05, 0.02, 0.02), "heavy": (0.10, 0.04, 0.04)}
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--seed", default=2, show_default=True)
 @click.option("--passages", default=500, show_default=True, help="How many of each kind are planted.")
-@click.option("--policy", type=click.Path(path_type=Path, exists=True), help="A policy with evidence on the sources.")
+@click.option("--policy", type=click.Path(path_type=Path, exists=True), help="A policy with evidence from elsewhere.")
 def main(files: tuple[Path, ...], seed: int, passages: int, policy: Path | None) -> None:
     """Plant, collect, and count what was found."""
     documents = [document for file in files for document in open_source(str(file))]
@@ -56,6 +56,8 @@ def main(files: tuple[Path, ...], seed: int, passages: int, policy: Path | None)
         found = collect_all(planted, root / "planted")
         result = {
             "documents": {side: count for side, count in sides(documents).items()},
+            "restricted_documents_on_the_permissive_side": trespassers(documents, untouched),
+            "conflicts": conflicts(documents, root / "with-policy", policy),
             "untouched": outcome(untouched, set()),
             "planted": {kind: recall(kind, plants, found) for kind in sorted({kind for kind, _ in plants.values()})},
             "clean_documents": outcome(found, set(plants)),
@@ -77,6 +79,26 @@ def sides(documents: list[Document]) -> dict[str, int]:
     """How many documents are declared permissive, and how many are not."""
     count = Counter(DEFAULT_POLICY.tier(document).permissive for document in documents)
     return {"permissive": count[True], "restricted": count[False]}
+
+
+def trespassers(documents: list[Document], out: Path) -> int:
+    """How many documents that are declared restricted stand on the permissive side: there must be none."""
+    restricted = {document.id for document in documents if not DEFAULT_POLICY.tier(document).permissive}
+    return sum(row.id in restricted for row in Corpus.open(out / "permissive").rows)
+
+
+def conflicts(documents: list[Document], out: Path, policy: Path | None) -> dict[str, Any]:
+    """What is declared permissive and contradicted: by texts themselves, and by the evidence that a policy brings."""
+    collect_all(documents, out, load_policy(policy) if policy else DEFAULT_POLICY)
+    sources = {document.id: document.source for document in documents}
+    found = [finding for finding in read_findings(out) if finding.outcome == "restricted"]
+    return {
+        reason: {
+            "documents": sum(finding.reason == reason for finding in found),
+            "sources": sorted({sources[finding.id] for finding in found if finding.reason == reason}),
+        }
+        for reason in sorted({finding.reason for finding in found})
+    }
 
 
 def plant(documents: list[Document], seed: int, count: int) -> tuple[list[Document], dict[str, tuple[str, str]]]:
@@ -118,12 +140,12 @@ def edited(passage: str, rates: tuple[float, float, float], vocabulary: list[str
     return " ".join(words)
 
 
-def collect_all(documents: list[Document], out: Path) -> Path:
+def collect_all(documents: list[Document], out: Path, policy: Policy = DEFAULT_POLICY) -> Path:
     """Collect documents as one heap."""
     heap = out.with_suffix(".jsonl")
     heap.write_bytes(b"".join(canonical_json(document.to_json()) for document in documents))
     begin = time.perf_counter()
-    collect([str(heap)], out)
+    collect([str(heap)], out, policy=policy)
     print(f"{out.name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return out
 

@@ -17,10 +17,118 @@ COLUMNS = {"lm": "model alone", "lm+knn": "+ neighbours", "lm+ric": "+ blocks", 
 
 def main() -> None:
     """Render both files."""
-    record = json.loads((RECORDS / "quickstart.json").read_text())
+    records = read_records()
     readme = (ROOT / "README.md").read_text()
-    (ROOT / "README.md").write_text(with_results(readme, record))
-    (ROOT / "RESULTS.md").write_text(results(record))
+    (ROOT / "README.md").write_text(with_results(readme, records["quickstart"]))
+    (ROOT / "RESULTS.md").write_text(results(records))
+
+
+def read_records() -> dict[str, dict[str, Any]]:
+    """Every recorded run, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
+
+
+def results(records: dict[str, dict[str, Any]]) -> str:
+    """All of RESULTS.md."""
+    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
+    head = (
+        "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
+        "`scripts/results`.\n"
+    )
+    return "\n".join([head, *(section(records[name]) for name, section in sections.items())])
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """Command, commit, seed, data and machine of a run, as list items."""
+    machine = record["machine"]
+    data = record["data"]
+    hashes = {"files": data} if isinstance(data, str) else {"corpus": data["permissive"], "store": data["store"]}
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    seed = f", seed {record['seed']}" if "seed" in record else ""
+    return "\n".join(
+        [
+            f"- Command: `{record['command']}`",
+            f"- Commit: `{record['commit']}`{seed}",
+            "- Data: " + ", ".join(f"{name} `{digest[:16]}`" for name, digest in hashes.items()),
+            f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
+            f"Python {machine['python']}, {versions}",
+        ]
+    )
+
+
+def laundering(record: dict[str, Any]) -> str:
+    """Planted passages: what was found, and what it cost."""
+    result = record["result"]
+    rates = {kind: "as it is" if kind == "verbatim" else edits(record["edits"][kind]) for kind in result["planted"]}
+    rows = "\n".join(
+        f"| {rates[kind]} | {found['planted']} | {found['recall']:.1%} | {found['shingles_left']:.2%} |"
+        for kind, found in sorted(result["planted"].items(), key=lambda item: -item[1]["recall"])
+    )
+    clean, untouched = result["clean_documents"], result["untouched"]
+    conflicts = "\n".join(
+        f"- {reason}: {found['documents']:,} documents of {len(found['sources'])} sources"
+        for reason, found in result["conflicts"].items()
+    )
+    return f"""## Licences and laundering
+
+A real corpus of {sum(result["documents"].values()):,} documents in nine domains, given as one heap with its declared \
+licences: {result["documents"]["permissive"]:,} permissive, {result["documents"]["restricted"]:,} restricted. \
+Then passages of 100 to 300 words of restricted documents, planted in permissive ones.
+
+{provenance(record)}
+
+Declared restricted, on the permissive side: {result["restricted_documents_on_the_permissive_side"]}. Declared \
+permissive, and contradicted:
+
+{conflicts}
+
+| planted passages | number | found | of their 6-word shingles left |
+|:---|---:|---:|---:|
+{rows}
+
+Of {clean["documents"]:,} documents without a plant, {clean["dropped"]} were dropped ({clean["dropped_share"]:.2%}), \
+and {clean["cut"]} lost a passage ({clean["cut_share"]:.2%}); of the untouched corpus {untouched["dropped"]} and \
+{untouched["cut"]}. Thresholds were set on seed 1.
+"""
+
+
+def edits(rates: list[float]) -> str:
+    """What was done to a planted passage."""
+    replaced, dropped, inserted = rates
+    return f"{replaced:.0%} of words replaced, {dropped:.0%} left out, {inserted:.0%} put in, case and commas changed"
+
+
+def throughput(record: dict[str, Any]) -> str:
+    """Collect, audit and tokenise, beside tokenising alone."""
+    result = record["result"]
+    low, high = result["ratio_spread"]
+    rows = "\n".join(f"| {name} | {seconds:.1f} |" for name, seconds in result["seconds"].items())
+    peaks = result["peak_memory_bytes"]
+    memory = "\n".join(
+        f"| {name} | {peaks['1x'][name] / 1e6:.0f} MB | {peaks['4x'][name] / 1e6:.0f} MB |" for name in peaks["1x"]
+    )
+    return f"""## Collecting: throughput and memory
+
+{record["megabytes"]:.0f} MB of text, {record["rounds"]} rounds in turn with the peer, medians.
+
+{provenance(record)}
+
+Collect + audit + tokenise takes {result["ratio"]:.2f} × ({low:.2f} to {high:.2f}) the time of `tokenizers` alone on \
+the same text: {result["megabytes_per_second"]:.1f} against {result["megabytes_per_second_alone"]:.1f} MB/s.
+
+| step | seconds |
+|:---|---:|
+{rows}
+| tokenising alone | {result["seconds_alone"]:.1f} |
+
+Peak memory of the process after each step, with the text and with four times as much:
+
+| step | 1 × | 4 × |
+|:---|---:|---:|
+{memory}
+
+`tokenizers` alone: {peaks["alone"]["tokenise"] / 1e6:.0f} MB.
+"""
 
 
 def with_results(readme: str, record: dict[str, Any]) -> str:
@@ -55,9 +163,9 @@ def perplexity_table(title: str, rows: list[tuple[str, dict[str, float]]]) -> st
     return "\n".join(lines)
 
 
-def results(record: dict[str, Any]) -> str:
-    """All of RESULTS.md."""
-    machine, result = record["machine"], record["result"]
+def quickstart(record: dict[str, Any]) -> str:
+    """The quickstart's two runs."""
+    result = record["result"]
     found = result["perplexity"]
     totals = [("all owners, before", found["restricted"]), ("all owners, after", found["after_removal"])]
     owners = [
@@ -69,19 +177,11 @@ def results(record: dict[str, Any]) -> str:
         f"| {name} | {' | '.join(f'{times[name]:.1f}' for times in result['seconds'])} |"
         for name in result["seconds"][0]
     )
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"""# Results
+    return f"""## Quickstart
 
-Every number here is written by `python scripts/render_results.py` from a run recorded in `scripts/results`.
+Run twice, compared by `python scripts/record_quickstart.py`; configuration `eval/quickstart.yaml`.
 
-## Quickstart
-
-- Command: `{record["command"]}`, twice, compared by `python scripts/record_quickstart.py`
-- Commit: `{record["commit"]}`
-- Configuration: `eval/quickstart.yaml`, seed {record["seed"]}
-- Data: corpus `{record["data"]["permissive"][:16]}`, store `{record["data"]["store"][:16]}`
-- Machine: {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_bytes"] / 2**30:.0f} GiB; Python \
-{machine["python"]}, {versions}
+{provenance(record)}
 - Both `report.json` equal but for times: {"yes" if result["reports_equal_but_for_times"] else "NO"}
 - Peak memory of the largest process: {" and ".join(f"{peak / 1e9:.2f} GB" for peak in result["peak_memory_bytes"])}
 
