@@ -54,16 +54,15 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         tokenizer = root / "tokenizer.json"
-        documents = [d for file in files for d in open_source(str(file)) if DEFAULT_POLICY.tier(d).permissive]
-        train_tokenizer((d.text for d in documents[::5]), vocab_size).backend_tokenizer.save(str(tokenizer))
-        characters = sum(len(d.text.encode()) for file in files for d in open_source(str(file)))
-        heap = [str(file.resolve()) for file in files]
+        names = [str(file.resolve()) for file in files]
+        # A process of its own: a child starts with its parent's peak memory, so this one has to stay small.
+        characters = json.loads(run_self("prepare", str(tokenizer), str(vocab_size), str(root), *names))
+        heap = names
         ours, peer = [], []
         for _ in range(rounds):
             peer.append(worker("alone", tokenizer, root, heap))
             ours.append(worker("ours", tokenizer, root, heap))
-        larger = [str(shifted(files, root / f"copy{n}.jsonl", 7 * n)) for n in (1, 2, 3)]
-        fourfold = worker("ours", tokenizer, root, heap + larger)
+        fourfold = worker("ours", tokenizer, root, heap + [str(root / f"copy{n}.jsonl") for n in (1, 2, 3)])
     seconds = [sum(each["seconds"].values()) for each in ours]
     alone = [each["seconds"]["tokenise"] for each in peer]
     ratios = [one / other for one, other in zip(seconds, alone, strict=True)]
@@ -90,13 +89,32 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
     print(json.dumps(report, indent=1))
 
 
+def run_self(*arguments: str) -> str:
+    """What a command of this script prints, in a process of its own."""
+    return subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True).stdout
+
+
+@main.command(hidden=True)
+@click.argument("tokenizer", type=click.Path(path_type=Path))
+@click.argument("vocab_size", type=int)
+@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def prepare(tokenizer: Path, vocab_size: int, root: Path, files: tuple[Path, ...]) -> None:
+    """Train the tokenizer, write three shifted copies of the text, and print how many bytes of text there are."""
+    documents = [d for file in files for d in open_source(str(file))]
+    permissive = [d.text for d in documents if DEFAULT_POLICY.tier(d).permissive]
+    train_tokenizer(permissive[::5], vocab_size).backend_tokenizer.save(str(tokenizer))
+    for number in (1, 2, 3):
+        shifted(files, root / f"copy{number}.jsonl", 7 * number)
+    print(sum(len(d.text.encode()) for d in documents))
+
+
 def worker(kind: str, tokenizer: Path, root: Path, files: list[str]) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "work", kind, str(tokenizer), str(root / "out"), *files]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    printed = run_self("work", kind, str(tokenizer), str(root / "out"), *files)
     shutil.rmtree(root / "out", ignore_errors=True)
-    print(f"{kind}: {done.stdout.decode().strip()}", file=sys.stderr)
-    return json.loads(done.stdout)
+    print(f"{kind}: {printed.strip()}", file=sys.stderr)
+    return json.loads(printed)
 
 
 @main.command(hidden=True)
