@@ -10,8 +10,10 @@ from tokenizers import Tokenizer
 
 from datastore.bm25 import Block as IndexedBlock
 from datastore.bm25 import BM25Searcher
-from datastore.shard import Encoded, Shard
-from silo.retrieval import Block, SourceDocument
+from datastore.keys import KeyGroup, id_hash
+from datastore.shard import Shard
+from silo.errors import IntegrityError
+from silo.retrieval import Block
 
 BLOCK_TOKENS = 128
 BLOCK_STRIDE = 64
@@ -39,13 +41,20 @@ def block_key(document_id: str, start: int) -> str:
 
 
 class BlockIndex:
-    """BM25 over the blocks of all live shards."""
+    """BM25 over the blocks of some groups."""
 
-    def __init__(self, directories: Sequence[Path], shards: Sequence[Shard]) -> None:
+    def __init__(self, directories: Sequence[Path], groups: Sequence[KeyGroup]) -> None:
+        """``directories`` hold the Lucene index of each of ``groups``, which have the tokens."""
         self._searcher = BM25Searcher(directories)
-        self._documents: dict[str, Encoded] = {
-            encoded.document.id: encoded for shard in shards for encoded in shard.documents()
-        }
+        self._groups = list(groups)
+        hashes = [group.ids for group in groups]
+        self._hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
+        self._of_group = np.repeat(np.arange(len(groups)), [len(each) for each in hashes])
+        self._in_group = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(each)) for each in hashes)])
+        order = np.argsort(self._hashes)
+        self._hashes, self._of_group, self._in_group = (
+            array[order] for array in (self._hashes, self._of_group, self._in_group)
+        )
 
     def search(self, queries: Sequence[str]) -> list[Block | None]:
         """The best block for each query, or None where no block shares a word with it."""
@@ -53,7 +62,19 @@ class BlockIndex:
 
     def _block(self, key: str, score: float) -> Block:
         document_id, _, start = key.rpartition("\x00")
-        encoded = self._documents[document_id]
-        row, at = encoded.document, int(start)
-        source = SourceDocument(row.id, row.owner, row.license, row.source, row.title)
-        return Block(source, at, encoded.tokens[at : at + BLOCK_TOKENS].astype(np.int64), score)
+        group, number = self._find(document_id)
+        begin = int(group.begins[number]) + int(start)
+        end = min(begin + BLOCK_TOKENS, int(group.begins[number + 1]))
+        source = group.document(number).described()
+        return Block(source, int(start), group.tokens[begin:end].astype(np.int64), score)
+
+    def _find(self, document_id: str) -> tuple[KeyGroup, int]:
+        """The group that holds a document, and its number there."""
+        wanted = id_hash(document_id)
+        for place in range(int(np.searchsorted(self._hashes, np.uint64(wanted))), len(self._hashes)):
+            group, number = self._groups[self._of_group[place]], int(self._in_group[place])
+            if int(self._hashes[place]) != wanted:
+                break
+            if group.document(number).id == document_id:  # two ids may share a hash
+                return group, number
+        raise IntegrityError(f"the BM25 index names a document {document_id!r} that no shard has; verify the store")

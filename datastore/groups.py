@@ -1,4 +1,8 @@
-"""Search structures: a Lucene index serves a group of shards, many small ones or a single large one.
+"""Search structures: inverted lists and a Lucene index serve a group of shards, many small ones or a single large one.
+
+    keys/         :mod:`datastore.keys`
+    blocks/       :mod:`datastore.bm25`
+    group.json    the shards that it was built from, and the checksum of every file
 
 An index a shard was measured and is slow by the number of shards; one for all would have to be rewritten as a whole at
 each removal. Which shards share a group changes no result: scores use the statistics of all groups together.
@@ -13,25 +17,30 @@ from tokenizers import Tokenizer
 
 from datastore.blocks import cut_blocks
 from datastore.integrity import read_sealed, sealed, verify_files
+from datastore.keys import write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.shard import Shard
 from silo.errors import IntegrityError
-from silo.files import sha256_file, write_file
+from silo.files import sha256_file, sync_directory, write_file
 
 GROUP_TOKENS = 4_000_000
 """Shards share a search structure up to this many tokens, which bounds what a removal must rewrite."""
+ALONE_TOKENS = 500_000
+"""A shard from this size on has a search structure of its own, so that its removal rewrites nothing."""
 INDEX = "group.json"
+PARTS = ("keys", "blocks")
 
 
 def regroup(groups: Sequence[Group], entries: Mapping[str, ShardEntry], changed: set[str]) -> list[list[str]]:
     """Say which shards share a group after a change: each stays where it is while there is room.
 
-    A shard that outgrew its group, or is new, goes to the first group with room for it. A group that no change touches
-    and that takes in no shard comes out as it went in, so that it need not be rewritten.
+    A shard that outgrew its group, or is new, goes to the first group with room for it, a large one alone. A group that
+    no change touches and that takes in no shard comes out as it went in, so that it need not be rewritten.
     """
 
     def has_room(members: list[str], name: str) -> bool:
-        return not members or sum(entries[other].tokens for other in [*members, name]) <= GROUP_TOKENS
+        sizes = [entries[other].tokens for other in [*members, name]]
+        return not members or (sum(sizes) <= GROUP_TOKENS and max(sizes) < ALONE_TOKENS)
 
     planned: list[list[str]] = []
     for group in groups:
@@ -51,7 +60,20 @@ def regroup(groups: Sequence[Group], entries: Mapping[str, ShardEntry], changed:
     return [sorted(members) for members in planned if members]
 
 
-def build_group(directory: Path, shards: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer) -> None:
+def first_free_row(groups: Sequence[Group], entries: Mapping[str, ShardEntry], rows: int) -> int:
+    """The lowest row number from which on ``rows`` numbers are in no group's use."""
+    taken = sorted((group.first_row, sum(entries[name].tokens for name in group.shards)) for group in groups)
+    free = 0
+    for begin, length in taken:
+        if begin - free >= rows:
+            break
+        free = max(free, begin + length)
+    return free
+
+
+def build_group(
+    directory: Path, shards: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer, *, lists: int, first_row: int
+) -> None:
     """Index some shards of the directory ``shards`` into an empty directory.
 
     The checksums lie beside the index and not in the store's manifest: Lucene's files hold random ids, and the
@@ -59,9 +81,20 @@ def build_group(directory: Path, shards: Path, entries: Sequence[ShardEntry], to
     """
     from datastore.bm25 import build_index
 
-    read = (Shard.read(shards / entry.directory, entry.hash) for entry in entries)
-    build_index(directory, cut_blocks(read, tokenizer))
-    files = {file.name: sha256_file(file) for file in sorted(directory.iterdir())}
+    for name in PARTS:
+        (directory / name).mkdir()
+    read = [Shard.read(shards / entry.directory, entry.hash) for entry in entries]
+    write_keys(directory / "keys", read, lists=lists, first_row=first_row)
+    build_index(directory / "blocks", cut_blocks(read, tokenizer))
+    _seal(directory, entries)
+
+
+def _seal(directory: Path, entries: Sequence[ShardEntry]) -> None:
+    files = {
+        f"{name}/{file.name}": sha256_file(file) for name in PARTS for file in sorted((directory / name).iterdir())
+    }
+    for name in PARTS:
+        sync_directory(directory / name)
     write_file(directory / INDEX, sealed({"shards": [entry.hash for entry in entries], "files": files}))
 
 

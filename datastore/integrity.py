@@ -38,12 +38,18 @@ def verify_directory(directory: Path, index: str, expected_hash: str) -> None:
 
 
 def verify_files(directory: Path, files: dict[str, str], *, index: str) -> None:
-    """Check that a directory holds these files, with these checksums, and nothing else but their list, ``index``."""
+    """Check that a directory holds these files, with these checksums, and nothing else but their list, ``index``.
+
+    A file in a directory below is named with a slash.
+    """
     for name, digest in files.items():
         if not (directory / name).is_file():
             raise missing(directory / name)
         check_digest(directory / name, sha256_file(directory / name), digest)
-    refuse_strays(directory, {index, *files})
+    below = {name.partition("/")[0] for name in files if "/" in name}
+    refuse_strays(directory, {index, *below, *(name for name in files if "/" not in name)})
+    for name in sorted(below):
+        refuse_strays(directory / name, {file.partition("/")[2] for file in files if file.startswith(f"{name}/")})
 
 
 def refuse_strays(directory: Path, known: set[str]) -> None:

@@ -1,74 +1,53 @@
-"""Nearest neighbours over all live shards as one FAISS index (kNN-LM, Khandelwal 2020).
+"""Nearest neighbours over all groups of a store as one FAISS index (kNN-LM, Khandelwal 2020).
 
-The inverted lists are laid out in memory when the store is opened, from codes and list numbers that the shards hold.
-Rows are numbered in the order (document id, position), whatever shard holds them, and stand in that order in each
-list: equal shards give an equal index, and equal distances come in the order of the rows. (Only where the k-th place
-is tied between lists, the list nearer to the query has it.)
+Each group's inverted lists are mapped from disk and stacked: FAISS reads them as one list, without a copy. Equal
+distances come in the order of (hash of the document's id, position), which does not depend on how documents are spread
+over shards and groups; so equal stores give equal neighbours.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import faiss
 import numpy as np
 
 from datastore.control import ControlPlane
-from datastore.shard import Encoded, Shard
+from datastore.keys import KeyGroup
 from silo.retrieval import Neighbours, SourceDocument
 
 PROBES = 16
 """Inverted lists read a query."""
 QUERIES_PER_BATCH = 256
+SPARE = 8
+"""Neighbours that are fetched beyond k, to see whether the k-th is tied with one that did not come."""
 
 
 class NeighbourIndex:
-    """A searchable view of some shards."""
+    """A searchable view of some groups of keys."""
 
-    def __init__(self, shards: Sequence[Shard], control: ControlPlane, *, probes: int = PROBES) -> None:
-        documents = sorted(
-            (document for shard in shards for document in shard.documents()), key=lambda encoded: encoded.document.id
-        )
-        self._documents = [encoded.document for encoded in documents]
-        lengths = np.asarray([len(encoded.tokens) for encoded in documents], dtype=np.int64)
-        self._begins = np.concatenate(([0], np.cumsum(lengths)))
-        self._values = _concatenate([encoded.tokens for encoded in documents]).astype(np.int64)
+    def __init__(self, groups: Sequence[KeyGroup], control: ControlPlane, *, probes: int = PROBES) -> None:
+        self._groups = sorted(groups, key=lambda group: group.first_row)
+        self._firsts = np.asarray([group.first_row for group in self._groups], dtype=np.int64)
+        self.num_keys = sum(group.rows for group in self._groups)
+        """How many keys there are to be found. (Not a length: an empty index would be false.)"""
         self._coarse = control.coarse_index()  # FAISS keeps a pointer to it, not a reference.
+        lists = len(control.centroids)
         self._index = faiss.IndexIVFScalarQuantizer(
-            self._coarse,
-            control.dimension,
-            len(control.centroids),
-            control.quantizer().qtype,
-            faiss.METRIC_L2,
-            False,
+            self._coarse, control.dimension, lists, control.quantizer().qtype, faiss.METRIC_L2, False
         )
         self._index.sq = control.quantizer()
         self._index.is_trained = True
-        self._index.nprobe = min(probes, len(control.centroids))
-        self._fill(documents)
-
-    @property
-    def num_keys(self) -> int:
-        """How many keys there are to be found. (Not a length: an empty index would be false.)"""
-        return int(self._begins[-1])
-
-    def _fill(self, documents: Sequence[Encoded]) -> None:
-        """Hand each inverted list its rows, in order."""
-        if not documents:
-            return
-        lists = _concatenate([encoded.lists for encoded in documents])
-        codes = np.concatenate([encoded.codes for encoded in documents])
-        order = np.argsort(lists, kind="stable").astype(np.int64)
-        bounds = np.searchsorted(lists[order], np.arange(self._index.nlist + 1)).tolist()
-        for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            if end > begin:
-                rows = order[begin:end]
-                of_list = np.ascontiguousarray(codes[rows])
-                self._index.invlists.add_entries(  # type: ignore[union-attr]
-                    number, end - begin, faiss.swig_ptr(rows), faiss.swig_ptr(of_list)
-                )
+        self._index.nprobe = min(probes, lists)
         self._index.ntotal = self.num_keys
+        self._lists = [group.inverted_lists(self._index.code_size) for group in self._groups if group.rows]
+        if self._lists:
+            pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+            for each in self._lists:
+                pointers.push_back(each)
+            self._stack = faiss.HStackInvertedLists(len(self._lists), pointers.data())
+            self._index.replace_invlists(self._stack, False)
 
     def search(self, keys: np.ndarray, k: int) -> Neighbours:
         """The ``k`` nearest of the rows in the probed lists, for (n, dimension) float32 queries."""
@@ -77,31 +56,60 @@ class NeighbourIndex:
         for start in range(0, len(keys), QUERIES_PER_BATCH):
             batch = np.ascontiguousarray(keys[start : start + QUERIES_PER_BATCH])
             at = slice(start, start + len(batch))
-            distances[at], rows[at] = self._index.search(batch, k)
-        found = rows >= 0
-        distances[~found] = np.inf
-        order = np.lexsort((rows, distances), axis=-1)
-        distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+            distances[at], rows[at] = self._search(batch, k, k + SPARE)
         return self._describe(distances, rows)
 
+    def _search(self, keys: np.ndarray, k: int, fetched: int) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows (n, k) in their final order.
+
+        FAISS breaks a tie at the last place as it likes. So more are fetched than asked for, and where even the last of
+        those is tied with the k-th, twice as many again.
+        """
+        distances, rows = self._index.search(keys, fetched)
+        distances[rows < 0] = np.inf
+        order = self._order(distances, rows)
+        distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+        tied = np.flatnonzero((distances[:, k - 1] == distances[:, -1]) & (rows[:, -1] >= 0))
+        distances, rows = distances[:, :k].copy(), rows[:, :k].copy()
+        if len(tied) and fetched < self.num_keys:
+            distances[tied], rows[tied] = self._search(np.ascontiguousarray(keys[tied]), k, 2 * fetched)
+        return distances, rows
+
+    def _order(self, distances: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """By distance, then by (hash of the document's id, position)."""
+        flat = rows.ravel()
+        hashes = np.zeros(flat.shape, dtype=np.uint64)
+        positions = np.zeros(flat.shape, dtype=np.int64)
+        for number, chosen, within in self._by_group(flat):
+            group = self._groups[number]
+            document = np.searchsorted(group.begins, within, side="right") - 1
+            hashes[chosen], positions[chosen] = group.ids[document], within - group.begins[document]
+        return np.lexsort((positions.reshape(rows.shape), hashes.reshape(rows.shape), distances), axis=-1)
+
+    def _by_group(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Which of some row numbers (n,) lie in which group: (its number, their places, their rows within it)."""
+        if not len(self._groups):
+            return []
+        of = np.where(rows >= 0, np.searchsorted(self._firsts, rows, side="right") - 1, -1)
+        found = []
+        for number in np.unique(of[of >= 0]):
+            chosen = np.flatnonzero(of == number)
+            found.append((int(number), chosen, rows[chosen] - self._firsts[number]))
+        return found
+
     def _describe(self, distances: np.ndarray, rows: np.ndarray) -> Neighbours:
-        if not self.num_keys:
-            nothing = np.zeros_like(rows)
-            return Neighbours(distances, nothing, nothing - 1, nothing)
-        found = rows >= 0
-        documents = np.where(found, np.searchsorted(self._begins, rows, side="right") - 1, -1)
-        return Neighbours(
-            distances,
-            np.where(found, self._values[rows], 0),
-            documents,
-            np.where(found, rows - self._begins[documents], 0),
-        )
+        flat = rows.ravel()
+        values, positions = np.zeros_like(flat), np.zeros_like(flat)
+        documents = np.full_like(flat, -1)
+        for number, chosen, within in self._by_group(flat):
+            group = self._groups[number]
+            document = np.searchsorted(group.begins, within, side="right") - 1
+            values[chosen] = group.tokens[within]
+            positions[chosen] = within - group.begins[document]
+            documents[chosen] = document + (number << 32)
+        shaped = (array.reshape(rows.shape) for array in (values, documents, positions))
+        return Neighbours(distances, *shaped)
 
     def document(self, index: int) -> SourceDocument:
         """The document behind an index in :attr:`silo.retrieval.Neighbours.documents`."""
-        row = self._documents[index]
-        return SourceDocument(row.id, row.owner, row.license, row.source, row.title)
-
-
-def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+        return self._groups[int(index) >> 32].document(int(index) & 0xFFFFFFFF).described()

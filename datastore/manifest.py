@@ -11,24 +11,27 @@ from datastore.integrity import read_sealed, sealed
 from silo.errors import UsageError
 from silo.files import canonical_json, sha256, write_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A live shard: its directory's name under ``shards``, its hash, and its tokens."""
+    """A live shard: its directory's name under ``shards``, its hash, and how many tokens and documents it has."""
 
     directory: str
     hash: str
     tokens: int
+    documents: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """A live search structure: the shards that it serves, and its directory's name under ``search``."""
+    """A live search structure: the shards that it serves, sorted, and its directory's name under ``search``."""
 
     shards: list[str]
     directory: str
+    first_row: int
+    """Its keys are numbered from here on; no two groups' numbers overlap."""
 
 
 @dataclass(frozen=True)

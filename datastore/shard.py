@@ -13,8 +13,10 @@ on the version of the library that wrote them, and these bytes are hashed.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import numpy as np
 
 from silo.documents import Document
 from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
+from silo.retrieval import SourceDocument
 
 ARRAYS = ("tokens", "lists", "codes")
 
@@ -38,6 +41,10 @@ class DocumentRow:
     content_hash: str
     begin: int
     end: int
+
+    def described(self) -> SourceDocument:
+        """Who stands behind text of it."""
+        return SourceDocument(self.id, self.owner, self.license, self.source, self.title)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,24 @@ class Shard:
             read_rows(directory, manifest),
             *(read_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in ARRAYS),
         )
+
+
+class DocumentRows:
+    """The rows of some shards, one shard after the other, each read when one of its documents is asked for."""
+
+    def __init__(self, shards: Sequence[tuple[Path, str, int]]) -> None:
+        """``shards`` are (directory, hash, documents)."""
+        self._shards = list(shards)
+        self._ends = list(itertools.accumulate(count for _, _, count in shards))
+        self._read: dict[int, list[DocumentRow]] = {}
+
+    def __call__(self, number: int) -> DocumentRow:
+        """The document of a number, from 0."""
+        shard = bisect.bisect_right(self._ends, number)
+        directory, expected, count = self._shards[shard]
+        if shard not in self._read:
+            self._read[shard] = read_rows(directory, read_manifest(directory, expected))
+        return self._read[shard][number - self._ends[shard] + count]
 
 
 def read_manifest(directory: Path, expected_hash: str) -> dict:

@@ -4,7 +4,7 @@
     tokenizer.json   the model's tokenizer, so that a removal needs no model
     control/         what shards share, learnt from permissive text only
     shards/          what is canonical: one directory a shard, named by its content
-    search/          what is derived: a Lucene index over a group of shards
+    search/          what is derived: inverted lists and a Lucene index over a group of shards
     receipts/, log.jsonl   what was added and removed, by id and hash
 
 Every directory under ``shards`` and ``search`` is written once, whole, under a name that holds the hash of its content.
@@ -32,12 +32,13 @@ from datastore import history
 from datastore import shard as shards_on_disk
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS, BlockIndex
 from datastore.control import ControlPlane, describe
-from datastore.groups import build_group, regroup, verify_group
+from datastore.groups import build_group, first_free_row, regroup, verify_group
 from datastore.history import Receipt
 from datastore.integrity import refuse_strays, verify_directory
+from datastore.keys import KeyGroup
 from datastore.knn import NeighbourIndex
 from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
-from datastore.shard import DocumentRow, Encoded, Shard
+from datastore.shard import DocumentRow, DocumentRows, Encoded, Shard
 from silo.documents import Document
 from silo.errors import DataError, StoreError, UsageError
 from silo.files import (
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
 
 PARTS = {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl", ".lock"}
 """All that a store's directory may hold."""
+
+CHECKED_BYTES = 1 << 28
+"""Search structures up to this size are read and checked when they are opened. Larger ones are mapped unread, so that a
+store larger than memory opens at once; `silo datastore verify` checks them."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) while something long goes on."""
@@ -160,10 +165,6 @@ class Store:
                 raise StoreError(f"{self.path} was changed since it was opened; open it again") from error
             raise
 
-    @cached_property
-    def _shards(self) -> list[Shard]:
-        return [self.shard(name) for name in sorted(self.manifest.shards)]
-
     def rows(self) -> dict[str, list[DocumentRow]]:
         """The documents of each live shard."""
         found = {}
@@ -174,16 +175,27 @@ class Store:
         return found
 
     def neighbours(self) -> NeighbourIndex:
-        """The kNN index over all live shards."""
-        return NeighbourIndex(self._shards, self.control)
+        """The kNN index over all live shards, mapped from disk."""
+        with self._as_opened():
+            return NeighbourIndex(self._key_groups(), self.control)
 
     def blocks(self) -> BlockIndex:
         """The BM25 index over all live shards; starts a JVM."""
         with self._as_opened():
-            for group in self.manifest.groups:
+            directories = [self.path / "search" / group.directory / "blocks" for group in self.manifest.groups]
+            return BlockIndex(directories, self._key_groups())
+
+    def _key_groups(self) -> list[KeyGroup]:
+        """The keys of every group. Their files are checked first, if that takes no longer than a moment."""
+        found = []
+        for group in self.manifest.groups:
+            directory = self.path / "search" / group.directory
+            if sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) <= CHECKED_BYTES:
                 self._verify_group(group)
-            directories = [self.path / "search" / group.directory for group in self.manifest.groups]
-            return BlockIndex(directories, self._shards)
+            entries = [self.manifest.shards[name] for name in group.shards]
+            rows = DocumentRows([(self.path / "shards" / e.directory, e.hash, e.documents) for e in entries])
+            found.append(KeyGroup(directory / "keys", first_row=group.first_row, document=rows))
+        return found
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreError` unless the store's keys are those of this model."""
@@ -295,7 +307,6 @@ class Store:
     def _reload(self) -> None:
         """See the store as it is on disk now."""
         self.manifest = Manifest.read(self.path / "store.json")
-        self.__dict__.pop("_shards", None)
 
     def _commit(
         self,
@@ -315,10 +326,10 @@ class Store:
         untouched = {
             tuple(group.shards): group for group in self.manifest.groups if not changed.keys() & set(group.shards)
         }
-        groups = [
-            untouched.get(tuple(names)) or self._write_group(names, entries)
-            for names in regroup(self.manifest.groups, entries, set(changed))
-        ]
+        groups: list[Group] = []
+        for names in regroup(self.manifest.groups, entries, set(changed)):
+            known = untouched.pop(tuple(names), None)
+            groups.append(known or self._write_group(names, entries, [*untouched.values(), *groups]))
         manifest = replace(self.manifest, shards=entries, groups=groups, sequence=self.manifest.sequence + 1)
         receipt = Receipt.write(
             self.path / "receipts",
@@ -346,16 +357,18 @@ class Store:
             )
             final = f"{slug(name)}-{digest[:16]}"
             self._publish(directory, self.path / "shards" / final)
-        return ShardEntry(final, digest, len(shard.tokens))
+        return ShardEntry(final, digest, len(shard.tokens), len(shard.rows))
 
-    def _write_group(self, names: list[str], entries: dict[str, ShardEntry]) -> Group:
+    def _write_group(self, names: list[str], entries: dict[str, ShardEntry], beside: Sequence[Group]) -> Group:
         shards = [entries[name] for name in names]
+        first_row = first_free_row(beside, entries, sum(entry.tokens for entry in shards))
         with self._staging("search") as directory:
-            build_group(directory, self.path / "shards", shards, self.tokenizer)
+            lists = len(self.control.centroids)
+            build_group(directory, self.path / "shards", shards, self.tokenizer, lists=lists, first_row=first_row)
             content = sha256(canonical_json([entry.hash for entry in shards]))[:16]
             final = f"{content}-{self.manifest.sequence + 1}"
             self._publish(directory, self.path / "search" / final)
-        return Group(names, final)
+        return Group(names, final, first_row)
 
     @contextlib.contextmanager
     def _staging(self, kind: str) -> Iterator[Path]:

@@ -46,7 +46,7 @@ SPLITS = ("train", "val")
 DOCUMENT_TOKEN = "<|document|>"
 """Stands before every document; id 0."""
 
-_BATCH, _BATCH_CHARACTERS = 256, 1 << 20
+_BATCH, _BATCH_CHARACTERS = 256, 1 << 19
 """Documents encoded at once, which the tokenizer spreads over the processor's cores: so many, or so much text."""
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from datastore.control import ControlPlane
+from datastore.keys import KeyGroup, id_hash, write_keys
 from datastore.knn import NeighbourIndex
 from datastore.shard import Encoded, Shard
 from silo.documents import Document
@@ -45,6 +46,24 @@ def encoded(plane):
     return documents
 
 
+@pytest.fixture(scope="module")
+def index_of(plane, tmp_path_factory):
+    """A function that makes an index of some shards, each a group of its own or so many to a group."""
+
+    def make(shards, plane=plane, *, to_a_group=1, probes=16):
+        root, groups, first_row = tmp_path_factory.mktemp("groups"), [], 0
+        for at in range(0, len(shards), to_a_group):
+            members = shards[at : at + to_a_group]
+            (root / str(at)).mkdir()
+            write_keys(root / str(at), members, lists=len(plane.centroids), first_row=first_row)
+            rows = [row for shard in members for row in shard.rows]
+            groups.append(KeyGroup(root / str(at), first_row=first_row, document=rows.__getitem__))
+            first_row += 7 + sum(len(shard.tokens) for shard in members)
+        return NeighbourIndex(groups, plane, probes=probes)
+
+    return make
+
+
 def shards_of(documents, *, by):
     """Documents as shards, spread by a function of the document's number."""
     spread = {}
@@ -63,8 +82,8 @@ def queries_of(encoded, plane, count=60):
 
 
 def brute_force(encoded, plane, queries, k):
-    """Squared distance, token, document id and position of the k nearest: by distance, then id, then position."""
-    documents = sorted(encoded, key=lambda document: document.document.id)
+    """Squared distance, token, id and position of the k nearest: by distance, then by (hash of the id, position)."""
+    documents = sorted(encoded, key=lambda document: id_hash(document.document.id))
     keys = np.concatenate([plane.quantizer().decode(document.codes) for document in documents])
     rows = [(d.document.id, at, int(token)) for d in documents for at, token in enumerate(d.tokens)]
     result = []
@@ -87,16 +106,16 @@ def described(index, found):
     ]
 
 
-def same_bits(a, b):
-    """Whether two answers are equal in every bit."""
-    fields = ("squared_l2", "values", "documents", "positions")
+def same_answers(a, b):
+    """Whether two answers are equal in every bit, but for the numbers by which an index calls its documents."""
+    fields = ("squared_l2", "values", "positions")
     return all(getattr(a, name).tobytes() == getattr(b, name).tobytes() for name in fields)
 
 
 @pytest.mark.parametrize("k", [1, 10, 64, 256])
-def test_all_lists_probed_is_brute_force(encoded, plane, k):
+def test_all_lists_probed_is_brute_force(index_of, encoded, plane, k):
     """With every list probed, neighbours, tokens, order and distances are those of numpy over the decoded codes."""
-    index = NeighbourIndex(shards_of(encoded, by=lambda n: n % 7), plane, probes=1024)
+    index = index_of(shards_of(encoded, by=lambda n: n % 7), plane, probes=1024)
     queries = queries_of(encoded, plane)
     expected = brute_force(encoded, plane, queries, k)
     for ours, theirs in zip(described(index, index.search(queries, k)), expected, strict=True):
@@ -105,36 +124,38 @@ def test_all_lists_probed_is_brute_force(encoded, plane, k):
 
 
 @pytest.mark.parametrize("k", [5, 29, 31, 45, 60])
-def test_ties_come_by_document_and_position(encoded, plane, k):
-    """Of sixty equal keys in two documents, the first k by (document id, position) are found, in that order."""
-    index = NeighbourIndex(shards_of(encoded, by=lambda n: n), plane)
+def test_ties_come_by_document_and_position(index_of, encoded, plane, k):
+    """Of sixty equal keys in two documents, the first k by (hash of the id, position) are found, in that order."""
+    index = index_of(shards_of(encoded, by=lambda n: n), plane)
     (found,) = described(index, index.search(queries_of(encoded, plane)[-1:], k))
-    assert [row[2:] for row in found] == sorted(row[2:] for row in found)
+    assert [row[2:] for row in found] == sorted((row[2:] for row in found), key=lambda row: (id_hash(row[0]), row[1]))
     assert len({row[0] for row in found}) == 1
     expected = [
         (document.document.id, at)
-        for document in sorted(encoded[-2:], key=lambda document: document.document.id)
+        for document in sorted(encoded[-2:], key=lambda document: id_hash(document.document.id))
         for at in range(len(document.tokens) - 32, len(document.tokens) - 2)
     ]
     assert [row[2:] for row in found] == expected[:k]
 
 
-def test_shards_and_order_of_adding_leave_no_trace(encoded, plane):
+def test_shards_and_order_of_adding_leave_no_trace(index_of, encoded, plane):
     """One shard, seven or forty, filled in any order and listed in any order, give the same bits."""
     queries = queries_of(encoded, plane)
-    expected = NeighbourIndex([Shard.build(encoded)], plane).search(queries, 40)
+    expected = index_of([Shard.build(encoded)]).search(queries, 40)
     shuffled = random.Random(0).sample(encoded, len(encoded))
     for by in (lambda n: 0, lambda n: n % 7, lambda n: n):
         for documents in (encoded, shuffled):
             shards = shards_of(documents, by=by)
-            assert same_bits(NeighbourIndex(shards, plane).search(queries, 40), expected)
-            assert same_bits(NeighbourIndex(shards[::-1], plane).search(queries, 40), expected)
+            for to_a_group in (1, 3, 40):
+                found = index_of(shards, to_a_group=to_a_group).search(queries, 40)
+                assert same_answers(found, expected)
+                assert same_answers(index_of(shards[::-1], to_a_group=to_a_group).search(queries, 40), expected)
 
 
-def test_document_taken_out_is_never_found(encoded, plane):
+def test_document_taken_out_is_never_found(index_of, encoded, plane):
     """Without a document, its neighbours are gone and those of the others are in every query what they were."""
-    index = NeighbourIndex(shards_of(encoded, by=lambda n: n % 3), plane, probes=1024)
-    without = NeighbourIndex(shards_of(encoded[:-2], by=lambda n: n % 3), plane, probes=1024)
+    index = index_of(shards_of(encoded, by=lambda n: n % 3), plane, probes=1024)
+    without = index_of(shards_of(encoded[:-2], by=lambda n: n % 3), plane, probes=1024)
     queries = queries_of(encoded, plane)
     k = index.num_keys
     everything, rest = described(index, index.search(queries, k)), described(without, without.search(queries, k))
@@ -143,9 +164,9 @@ def test_document_taken_out_is_never_found(encoded, plane):
         assert [row for row in before if TIED not in row[2]] == after
 
 
-def test_value_is_the_token_at_its_position(encoded, plane):
+def test_value_is_the_token_at_its_position(index_of, encoded, plane):
     """Each value is the token that stands at the cited position of the cited document, and the licence is its own."""
-    index = NeighbourIndex(shards_of(encoded, by=lambda n: n % 7), plane)
+    index = index_of(shards_of(encoded, by=lambda n: n % 7), plane)
     by_id = {document.document.id: document for document in encoded}
     found = index.search(queries_of(encoded, plane), 32)
     for row in described(index, found):
@@ -174,11 +195,11 @@ def test_value_is_the_token_that_followed(make_store, model, documents):
 
 
 @pytest.mark.parametrize("present", [0, 1, 9])
-def test_fewer_keys_than_asked_for(encoded, plane, present):
+def test_fewer_keys_than_asked_for(index_of, encoded, plane, present):
     """What is missing has infinite distance, document -1 and value 0, after what was found."""
     documents = [Encoded.make(Document(id="x", text="x", owner="o"), *(a[:present] for a in arrays(encoded[0])))]
     shards = [Shard.build(documents)] if present else []
-    index = NeighbourIndex(shards, plane, probes=1024)
+    index = index_of(shards, plane, probes=1024)
     found = index.search(queries_of(encoded, plane), 16)
     assert index.num_keys == present
     assert index
@@ -194,13 +215,13 @@ def arrays(document):
     return document.tokens, document.lists, document.codes
 
 
-def test_no_queries_no_answers(encoded, plane):
+def test_no_queries_no_answers(index_of, encoded, plane):
     """No query gives arrays without rows."""
-    found = NeighbourIndex(shards_of(encoded, by=lambda n: 0), plane).search(np.zeros((0, DIMENSION), np.float32), 5)
+    found = index_of(shards_of(encoded, by=lambda n: 0), plane).search(np.zeros((0, DIMENSION), np.float32), 5)
     assert found.values.shape == (0, 5)
 
 
-def test_more_probes_lose_nothing(encoded):
+def test_more_probes_lose_nothing(index_of):
     """The distance of the k-th neighbour never grows with the number of lists read, and with all it is exact."""
     plane = ControlPlane.fit(cloud(np.random.default_rng(1), 4096), [])
     rng = np.random.default_rng(2)
@@ -211,7 +232,7 @@ def test_more_probes_lose_nothing(encoded):
     queries = cloud(rng, 50)
     last = np.full(50, np.inf)
     for probes in (1, 2, 4, 8, 16, 32):
-        found = NeighbourIndex([Shard.build(documents)], plane, probes=probes).search(queries, 10).squared_l2[:, -1]
+        found = index_of([Shard.build(documents)], plane, probes=probes).search(queries, 10).squared_l2[:, -1]
         assert (found <= last).all()
         last = found
     expected = [rows[-1][0] for rows in brute_force(documents, plane, queries, 10)]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datastore import groups
-from datastore.groups import regroup
+from datastore.groups import first_free_row, regroup
 from datastore.manifest import Group, ShardEntry
 from datastore.store import Selection, Store
 from silo.cli import main
@@ -375,7 +375,25 @@ def test_removing_a_whole_group_writes_no_search_structure(make_store, mixed, mo
 
 
 names = st.sampled_from("abcdefgh")
-entries = st.dictionaries(names, st.integers(1, 60).map(lambda tokens: ShardEntry("d", "h", tokens)))
+entries = st.dictionaries(names, st.integers(1, 60).map(lambda tokens: ShardEntry("d", "h", tokens, 1)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.lists(entries, min_size=1, max_size=6))
+def test_row_numbers_of_groups_never_overlap(states):
+    """Groups come and go; each new one gets the lowest row numbers that no live one has."""
+    live: list[Group] = []
+    sizes: dict[str, ShardEntry] = {}
+    for number, state in enumerate(states):
+        live = live[number % 2 :: 2]  # half of them go
+        for entry in state.values():
+            first = first_free_row(live, sizes, entry.tokens)
+            lower = [*(each.first_row + sizes[each.shards[0]].tokens for each in live), 0]
+            assert first in lower
+            sizes[name := f"{number}/{len(live)}"] = entry
+            live.append(Group([name], "d", first))
+        spans = sorted((each.first_row, each.first_row + sizes[each.shards[0]].tokens) for each in live)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -387,7 +405,7 @@ def test_groups_are_bounded_and_move_only_for_cause(states):
         planned, live = [], {}
         for state in states:
             changed = {name for name in state.keys() | live.keys() if state.get(name) != live.get(name)}
-            before = [Group(list(members), "x") for members in planned]
+            before = [Group(list(members), "x", 0) for members in planned]
             planned = regroup(before, state, changed)
             assert [group.shards for group in before] == [sorted(group.shards) for group in before]
             assert sorted(itertools.chain(*planned)) == sorted(state)
