@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from datastore.jvm import java_cast, java_class, java_errors, java_text
-from silo.errors import DataError, UsageError
+from silo.errors import DataError, StoreError, UsageError
+from silo.files import sha256
 
 _LUCENE = "org.apache.lucene."
 _KEY = "key"
@@ -51,6 +52,30 @@ def build_index(directory: Path, blocks: Iterable[Block]) -> None:
         except BaseException:
             writer.rollback()
             raise
+
+
+_ID_BYTES, _CHECKSUM_BYTES = 16, 8
+_HEADER_MAGIC = bytes.fromhex("3fd76c17")
+"""A Lucene file begins with this, its codec's name, a version and the segment's random id, and ends with a checksum."""
+
+
+def index_content(directory: Path) -> dict[str, str]:
+    """SHA-256 of what each file of an index says, without the random id that Lucene gives a segment.
+
+    Equal blocks in equal order give equal content. The two files that only name the segment are left out: they also
+    hold the time and the machine.
+    """
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if not path.name.startswith("segments") and path.suffix != ".si":
+            data = path.read_bytes()
+            name_length = data[4]
+            begin = 4 + 1 + name_length + 4
+            identity = data[begin : begin + _ID_BYTES]
+            if not data.startswith(_HEADER_MAGIC):
+                raise StoreError(f"{path} is no file of a Lucene index; rebuild it")
+            found[path.suffix] = sha256(data.replace(identity, bytes(_ID_BYTES))[:-_CHECKSUM_BYTES])
+    return found
 
 
 class BM25Searcher:
@@ -151,6 +176,10 @@ def _writer_config() -> Any:
     config = _lucene("index.IndexWriterConfig")(_analyzer())
     config.setOpenMode(java_class(f"{_LUCENE}index.IndexWriterConfig$OpenMode").CREATE)
     config.setMergeScheduler(_lucene("index.SerialMergeScheduler")())
+    config.setUseCompoundFile(False)  # which would hide ids and checksums from index_content()
+    merging = _lucene("index.TieredMergePolicy")()
+    merging.setNoCFSRatio(0.0)
+    config.setMergePolicy(merging)
     return config
 
 

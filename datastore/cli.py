@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from silo.cli import reports
+from silo.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
-    from datastore.store import Selection
+    from datastore.store import Selection, Store
+    from silo.documents import Document
 
 PATH = click.Path(path_type=Path)
 STORE = click.argument("store", type=PATH)
+KEY = click.option("--key", type=PATH, help="Sign the receipt with this Ed25519 private key (PEM).")
 
 
 @click.group()
@@ -62,22 +65,37 @@ def create(store: Path, model: Path, control: Path | None, policy: Path | None) 
 @STORE
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
 @click.option("--model", required=True, type=PATH, help="Directory of the model that the store was made for.")
+@click.option("--skip-present", is_flag=True, help="Pass over documents that the store has, with the same text.")
+@KEY
 @reports(render_pairs)
-def add(store: Path, files: tuple[Path, ...], model: Path) -> dict[str, Any]:
+def add(store: Path, files: tuple[Path, ...], model: Path, skip_present: bool, key: Path | None) -> dict[str, Any]:
     """Add the documents of JSON Lines FILEs, each to its owner's shard; all of them, or none.
 
     Example: silo datastore add STORE CORPUS/restricted/train.jsonl --model MODEL
     """
+    from datastore.signing import load_key
     from datastore.store import Store
     from silo.documents import read_documents
     from silo.progress import progress_bar
 
     opened = Store.open(store)
     documents = [document for file in files for document in read_documents(file)]
+    signing = load_key(key) if key else None
+    if skip_present:
+        documents = opened.absent(documents)
+        if not documents:
+            return {
+                "store": str(store),
+                "documents": 0,
+                "tokens": 0,
+                "shards": [],
+                "hash": opened.hash,
+                "receipt": None,
+            }
     from silo.language_model import LanguageModel  # takes seconds; bad input is refused before
 
     with progress_bar("add") as progress:
-        receipt = opened.add(documents, LanguageModel.load(model), progress=progress)
+        receipt = opened.add(documents, LanguageModel.load(model), progress=progress, key=signing)
     return change(opened.path, receipt.path, receipt.content)
 
 
@@ -99,35 +117,64 @@ def change(store: Path, path: Path, receipt: dict[str, Any]) -> dict[str, Any]:
 @click.option("--document", "documents", multiple=True, metavar="ID", help="Remove one document.")
 @click.option("--owner", "owners", multiple=True, metavar="NAME", help="Remove all documents of an owner.")
 @click.option("--source", "sources", multiple=True, metavar="S", help="Remove all documents of a source.")
+@click.option(
+    "--license", "licenses", multiple=True, metavar="SPDX", help="Remove a licence, or a pattern: CC-BY-NC-*."
+)
 @click.option("--shard", "shards", multiple=True, metavar="NAME", help="Remove a shard.")
+@click.option("--with-duplicates", is_flag=True, help="Remove near-duplicates elsewhere in the store too.")
+@click.option("--no-duplicates", is_flag=True, help="Do not look for near-duplicates; they are reported otherwise.")
+@KEY
 @click.option("--reason", default="", help="Why; kept in the receipt and the log.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
 @reports(render_pairs)
-def remove(store: Path, reason: str, dry_run: bool, **names: tuple[str, ...]) -> dict[str, Any]:
+def remove(
+    store: Path,
+    reason: str,
+    dry_run: bool,
+    with_duplicates: bool,
+    no_duplicates: bool,
+    key: Path | None,
+    **names: tuple[str, ...],
+) -> dict[str, Any]:
     """Remove documents physically, and write a receipt.
+
+    Documents elsewhere in the store that hold much of the same text are named, and stay unless --with-duplicates is
+    given.
 
     Weights that were fitted on the removed text lie outside the store: fit them again.
 
     Example: silo datastore remove STORE --owner 'Jeff Forcier' --reason 'request of 2026-11-22'
     """
+    from datastore.signing import load_key
     from datastore.store import Selection, Store
 
+    if with_duplicates and no_duplicates:
+        raise UsageError("--with-duplicates and --no-duplicates exclude each other; give one")
+    signing = load_key(key) if key else None
     opened = Store.open(store)
     selection: Selection = Selection(**names)
     if dry_run:
         going = opened.affected(selection)
+        alike = [] if no_duplicates else opened.near_duplicates(going)
         return {
             "store": str(store),
             "would_remove": [row.id for _, row in going],
             "documents": len(going),
             "tokens": sum(row.end - row.begin for _, row in going),
+            "near_duplicates": [row["id"] for row in alike],
         }
-    receipt = opened.remove(selection, reason=reason)
-    return change(opened.path, receipt.path, receipt.content)
+    wanted: Any = "ignore" if no_duplicates else "remove" if with_duplicates else "report"
+    receipt = opened.remove(selection, reason=reason, duplicates=wanted, key=signing)
+    alike = receipt.content.get("near_duplicates", [])
+    left = [] if with_duplicates else [row["id"] for row in alike]
+    return {**change(opened.path, receipt.path, receipt.content), "near_duplicates_left": left}
 
 
 def render_shards(value: dict[str, Any]) -> None:
-    """Show one row a shard."""
+    """Show what the store is, as far as that is told, and one row a shard."""
+    facts = {name: item for name, item in value.items() if name != "shards"}
+    if len(facts) > 2:
+        render_pairs(facts)
     table = Table()
     for column in ("shard", "licences", "documents", "tokens", "bytes"):
         table.add_column(column, justify="left" if column in ("shard", "licences") else "right", overflow="fold")
@@ -150,12 +197,57 @@ def list_shards(store: Path) -> dict[str, Any]:
 
 @datastore.command()
 @STORE
+@click.option("--deep", is_flag=True, help="Build all search structures anew from the shards, and compare.")
+@click.option(
+    "--absent", type=PATH, metavar="FILE", help="Prove that the documents of this JSON Lines file are nowhere."
+)
+@click.option("--model", type=PATH, help="With --absent: look for the codes of their keys too.")
 @reports(render_pairs)
-def verify(store: Path) -> dict[str, Any]:
-    """Check every checksum, the log's chain and every receipt; exit 1 and name the file if one is wrong."""
+def verify(store: Path, deep: bool, absent: Path | None, model: Path | None) -> dict[str, Any]:
+    """Check every checksum, the log's chain, every receipt and signature; exit 1 and name the file if one is wrong.
+
+    With --absent it exits 1 too where a run of a document's bytes, tokens, shingles or codes is found.
+    """
+    from datastore.store import Store
+    from silo.documents import read_documents
+
+    if model is not None and absent is None:
+        raise UsageError("--model goes with --absent FILE")
+    documents = list(read_documents(absent)) if absent is not None else []
+    opened = Store.open(store)
+    result = opened.verify()
+    if deep:
+        from datastore.verification import verify_derived
+
+        result["rebuilt_and_equal"] = verify_derived(opened)
+    if documents:
+        result["absent"] = require_absent(opened, documents, model)
+    return result
+
+
+def require_absent(store: Store, documents: list[Document], model: Path | None) -> int:
+    """How many documents are nowhere in a store. Raises :class:`IntegrityError` if there is a trace of one."""
+    from datastore.verification import find_traces
+
+    lm = None
+    if model is not None:
+        from silo.language_model import LanguageModel
+
+        store.require_model(lm := LanguageModel.load(model))
+    for trace in find_traces(store, documents, lm):
+        raise IntegrityError(f"{trace.file} holds {trace.kind} of document {trace.document!r}; it is not gone")
+    return len(documents)
+
+
+@datastore.command()
+@STORE
+@reports(render_shards)
+def show(store: Path) -> dict[str, Any]:
+    """Show what a store holds, for people: model, control plane, and each shard with licences, tokens and bytes."""
     from datastore.store import Store
 
-    return Store.open(store).verify()
+    opened = Store.open(store)
+    return {"store": str(store), **opened.describe(), "shards": opened.summary()}
 
 
 @datastore.command("hash")

@@ -2,6 +2,7 @@
 
     keys/         :mod:`datastore.keys`
     blocks/       :mod:`datastore.bm25`
+    sketches/     :mod:`datastore.sketches`
     group.json    the shards that it was built from, and the checksum of every file
 
 An index a shard was measured and is slow by the number of shards; one for all would have to be rewritten as a whole at
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from datastore.blocks import cut_blocks
@@ -20,15 +22,16 @@ from datastore.integrity import read_sealed, sealed, verify_files
 from datastore.keys import write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.shard import Shard
+from datastore.sketches import write_sketches
 from silo.errors import IntegrityError
-from silo.files import sha256_file, sync_directory, write_file
+from silo.files import read_array, sha256_file, sync_directory, write_file
 
 GROUP_TOKENS = 4_000_000
 """Shards share a search structure up to this many tokens, which bounds what a removal must rewrite."""
 ALONE_TOKENS = 500_000
 """A shard from this size on has a search structure of its own, so that its removal rewrites nothing."""
 INDEX = "group.json"
-PARTS = ("keys", "blocks")
+PARTS = ("keys", "blocks", "sketches")
 
 
 def regroup(groups: Sequence[Group], entries: Mapping[str, ShardEntry], changed: set[str]) -> list[list[str]]:
@@ -86,6 +89,7 @@ def build_group(
     read = [Shard.read(shards / entry.directory, entry.hash) for entry in entries]
     write_keys(directory / "keys", read, lists=lists, first_row=first_row)
     build_index(directory / "blocks", cut_blocks(read, tokenizer))
+    write_sketches(directory / "sketches", (each.text(tokenizer) for shard in read for each in shard.documents()))
     _seal(directory, entries)
 
 
@@ -96,6 +100,11 @@ def _seal(directory: Path, entries: Sequence[ShardEntry]) -> None:
     for name in PARTS:
         sync_directory(directory / name)
     write_file(directory / INDEX, sealed({"shards": [entry.hash for entry in entries], "files": files}))
+
+
+def group_ids(directory: Path) -> np.ndarray:
+    """The hashes of the ids of a group's documents, checked: (documents,) uint64."""
+    return read_array(directory / "keys" / "ids.npy", read_sealed(directory / INDEX)["files"]["keys/ids.npy"])
 
 
 def verify_group(directory: Path, entries: Sequence[ShardEntry]) -> None:

@@ -10,11 +10,15 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datastore.integrity import missing, refuse_strays
+from datastore.signing import sign, signer
 from silo.errors import IntegrityError
-from silo.files import canonical_json, check_digest, read_checked, sha256, sha256_file, sync_directory, write_file
+from silo.files import canonical_json, read_checked, sha256, sync_directory, write_file
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FIRST = "0" * 64
 """What stands before the first line of a log."""
@@ -28,8 +32,10 @@ class Receipt:
     content: dict[str, Any]
 
     @classmethod
-    def write(cls, directory: Path, content: dict[str, Any]) -> Receipt:
-        """Write a receipt under its sequence number."""
+    def write(cls, directory: Path, content: dict[str, Any], key: Ed25519PrivateKey | None = None) -> Receipt:
+        """Write a receipt under its sequence number, signed if there is a key."""
+        if key is not None:
+            content = sign(content, key)
         path = directory / f"{content['sequence']:06d}-{content['operation']}.json"
         write_file(path, canonical_json(content))
         return cls(path, content)
@@ -102,16 +108,22 @@ def _require_end(log: Path, lines: list[dict[str, Any]], sequence: int, receipt_
         )
 
 
-def verify(log: Path, receipts: Path, last_sequence: int, last_receipt_sha256: str) -> None:
-    """Check the chain up to the store's last change, every receipt that it names, and that there are no others."""
+def verify(log: Path, receipts: Path, last_sequence: int, last_receipt_sha256: str) -> list[str | None]:
+    """Check the chain up to the store's last change, every receipt that it names, and that there are no others.
+
+    Returns:
+        Who signed each receipt, by public key; None where nobody did.
+    """
+    signers = []
     lines = read(log)
     _require_end(log, lines, last_sequence, last_receipt_sha256)
     for line in lines:
         path = receipts / line["receipt"]
         if not path.is_file():
             raise missing(path)
-        check_digest(path, sha256_file(path), line["receipt_sha256"])
+        signers.append(signer(load(path, line["receipt_sha256"]).content, path))
     refuse_strays(receipts, {line["receipt"] for line in lines})
+    return signers
 
 
 def load(path: Path, digest: str) -> Receipt:

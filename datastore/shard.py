@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from silo.documents import Document
 from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
@@ -71,6 +72,10 @@ class Encoded:
         )
         return cls(row, tokens, lists, codes)
 
+    def text(self, tokenizer: Tokenizer) -> str:
+        """Its text, decoded."""
+        return str(tokenizer.decode(self.tokens.tolist(), skip_special_tokens=False))
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -87,6 +92,10 @@ class Shard:
             Encoded(row, *(array[row.begin : row.end] for array in (self.tokens, self.lists, self.codes)))
             for row in self.rows
         ]
+
+    def without(self, ids: set[str]) -> Shard:
+        """The shard that never held some documents."""
+        return Shard.build(each for each in self.documents() if each.document.id not in ids)
 
     @classmethod
     def build(cls, documents: Iterable[Encoded]) -> Shard:
@@ -114,8 +123,13 @@ class Shard:
         files = {"documents.jsonl": sha256(rows)}
         for name in ARRAYS:
             files[f"{name}.npy"] = write_array(directory / f"{name}.npy", getattr(self, name))
-        licenses = sorted({row.license for row in self.rows})
-        manifest = {"documents": len(self.rows), "tokens": len(self.tokens), "licenses": licenses, "files": files}
+        manifest = {
+            "documents": len(self.rows),
+            "tokens": len(self.tokens),
+            "licenses": sorted({row.license for row in self.rows}),
+            "sources": sorted({row.source for row in self.rows}),
+            "files": files,
+        }
         data = canonical_json({**manifest, "owner": self.rows[0].owner, **context})
         write_file(directory / "shard.json", data)
         return sha256(data)
@@ -142,11 +156,15 @@ class DocumentRows:
 
     def __call__(self, number: int) -> DocumentRow:
         """The document of a number, from 0."""
-        shard = bisect.bisect_right(self._ends, number)
+        shard = self.shard_of(number)
         directory, expected, count = self._shards[shard]
         if shard not in self._read:
             self._read[shard] = read_rows(directory, read_manifest(directory, expected))
         return self._read[shard][number - self._ends[shard] + count]
+
+    def shard_of(self, number: int) -> int:
+        """Which of the shards a document is in, from 0."""
+        return bisect.bisect_right(self._ends, number)
 
 
 def read_manifest(directory: Path, expected_hash: str) -> dict:

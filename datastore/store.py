@@ -20,25 +20,22 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from datastore import history
-from datastore import shard as shards_on_disk
-from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS, BlockIndex
+from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
-from datastore.groups import build_group, first_free_row, regroup, verify_group
+from datastore.groups import build_group, first_free_row, regroup
 from datastore.history import Receipt
 from datastore.integrity import refuse_strays, verify_directory
-from datastore.keys import KeyGroup
-from datastore.knn import NeighbourIndex
 from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
-from datastore.shard import DocumentRow, DocumentRows, Encoded, Shard
+from datastore.selection import Selection
+from datastore.shard import DocumentRow, Encoded, Shard
+from datastore.snapshot import Snapshot
 from silo.documents import Document
 from silo.errors import DataError, StoreError, UsageError
 from silo.files import (
@@ -52,58 +49,19 @@ from silo.files import (
 )
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from silo.language_model import LanguageModel
 
 PARTS = {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl", ".lock"}
 """All that a store's directory may hold."""
 
-CHECKED_BYTES = 1 << 28
-"""Search structures up to this size are read and checked when they are opened. Larger ones are mapped unread, so that a
-store larger than memory opens at once; `silo datastore verify` checks them."""
-
 Progress = Callable[[int, int], None]
 """Called with (done, total) while something long goes on."""
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Documents to remove: those that any of these names."""
-
-    documents: tuple[str, ...] = ()
-    owners: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    shards: tuple[str, ...] = ()
-
-    def holds(self, shard: str, row: DocumentRow) -> bool:
-        """Whether a document is among them."""
-        return (
-            row.id in self.documents or row.owner in self.owners or row.source in self.sources or shard in self.shards
-        )
-
-    def require_known(self, rows: dict[str, list[DocumentRow]]) -> None:
-        """Raise :class:`UsageError` if anything named is not in the store: a misspelt takedown must not pass."""
-        every = [row for of_shard in rows.values() for row in of_shard]
-        known = {
-            "document": ({row.id for row in every}, self.documents),
-            "owner": ({row.owner for row in every}, self.owners),
-            "source": ({row.source for row in every}, self.sources),
-            "shard": (set(rows), self.shards),
-        }
-        if not any(asked for _, asked in known.values()):
-            raise UsageError("nothing to remove was named; give --document, --owner, --source or --shard")
-        for kind, (present, asked) in known.items():
-            for name in asked:
-                if name not in present:
-                    some = ", ".join(sorted(present)[:5]) or "none"
-                    raise UsageError(f"no {kind} {name!r} is in the store; there are {len(present)}, such as {some}")
-
-
-class Store:
+class Store(Snapshot):
     """A store as it was when it was opened, or after the last change that was made through this object."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
 
     @classmethod
     def create(
@@ -129,74 +87,6 @@ class Store:
             sync_directory(path.parent)
         return cls.open(path)
 
-    @classmethod
-    def open(cls, path: Path) -> Store:
-        """Open a store. Files are checked against their checksums when they are first read."""
-        return cls(path, Manifest.read(path / "store.json"))
-
-    @property
-    def hash(self) -> str:
-        """The canonical hash: equal for stores that hold the same documents under the same model and control plane."""
-        return self.manifest.canonical_hash
-
-    @cached_property
-    def control(self) -> ControlPlane:
-        """The control plane."""
-        return ControlPlane.load(self.path / "control", self.manifest.control)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model that the store was made for."""
-        return Tokenizer.from_str(read_checked(self.path / "tokenizer.json", self.manifest.tokenizer).decode())
-
-    def shard(self, name: str) -> Shard:
-        """Read one live shard, every byte checked."""
-        entry = self.manifest.shards[name]
-        with self._as_opened():
-            return Shard.read(self.path / "shards" / entry.directory, entry.hash)
-
-    @contextlib.contextmanager
-    def _as_opened(self) -> Iterator[None]:
-        """Say so if what is being read is missing because another process changed the store since it was opened."""
-        try:
-            yield
-        except (OSError, StoreError) as error:
-            if Manifest.read(self.path / "store.json").sequence != self.manifest.sequence:
-                raise StoreError(f"{self.path} was changed since it was opened; open it again") from error
-            raise
-
-    def rows(self) -> dict[str, list[DocumentRow]]:
-        """The documents of each live shard."""
-        found = {}
-        for name, entry in sorted(self.manifest.shards.items()):
-            directory = self.path / "shards" / entry.directory
-            with self._as_opened():
-                found[name] = shards_on_disk.read_rows(directory, shards_on_disk.read_manifest(directory, entry.hash))
-        return found
-
-    def neighbours(self) -> NeighbourIndex:
-        """The kNN index over all live shards, mapped from disk."""
-        with self._as_opened():
-            return NeighbourIndex(self._key_groups(), self.control)
-
-    def blocks(self) -> BlockIndex:
-        """The BM25 index over all live shards; starts a JVM."""
-        with self._as_opened():
-            directories = [self.path / "search" / group.directory / "blocks" for group in self.manifest.groups]
-            return BlockIndex(directories, self._key_groups())
-
-    def _key_groups(self) -> list[KeyGroup]:
-        """The keys of every group. Their files are checked first, if that takes no longer than a moment."""
-        found = []
-        for group in self.manifest.groups:
-            directory = self.path / "search" / group.directory
-            if sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) <= CHECKED_BYTES:
-                self._verify_group(group)
-            entries = [self.manifest.shards[name] for name in group.shards]
-            rows = DocumentRows([(self.path / "shards" / e.directory, e.hash, e.documents) for e in entries])
-            found.append(KeyGroup(directory / "keys", first_row=group.first_row, document=rows))
-        return found
-
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreError` unless the store's keys are those of this model."""
         expected = self.manifest.model["fingerprint"]
@@ -206,7 +96,14 @@ class Store:
                 "use that model, or make a new store for this one"
             )
 
-    def add(self, documents: Sequence[Document], model: LanguageModel, *, progress: Progress | None = None) -> Receipt:
+    def add(
+        self,
+        documents: Sequence[Document],
+        model: LanguageModel,
+        *,
+        progress: Progress | None = None,
+        key: Ed25519PrivateKey | None = None,
+    ) -> Receipt:
         """Encode documents and add each to its owner's shard; all are added, or none.
 
         Raises:
@@ -229,15 +126,16 @@ class Store:
                 for name, encoded in added.items()
             }
             rows = [(name, encoded.document) for name, of_shard in added.items() for encoded in of_shard]
-            return self._commit(changed, "add", rows, request={}, reason="")
+            return self._commit(changed, "add", rows, request={}, reason="", key=key)
 
     def _require_addable(self, documents: Sequence[Document]) -> None:
-        present = {row.id: name for name, rows in self.rows().items() for row in rows}
+        present = self._locate([document.id for document in documents])
         new: set[str] = set()
         for document in documents:
             if document.id in present:
                 raise DataError(
-                    f"document {document.id!r} is in shard {present[document.id]!r} already; remove it first"
+                    f"document {document.id!r} is in shard {present[document.id][0]!r} already; remove it first, or "
+                    "add with --skip-present"
                 )
             if document.id in new:
                 raise DataError(f"document {document.id!r} comes twice; ids are unique, also between files")
@@ -251,35 +149,45 @@ class Store:
         narrow = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
         return Encoded.make(document, tokens.astype(narrow), *self.control.encode(model.keys(tokens)))
 
-    def affected(self, selection: Selection) -> list[tuple[str, DocumentRow]]:
-        """The documents that :meth:`remove` would remove, with their shards."""
-        rows = self.rows()
-        selection.require_known(rows)
-        return [(name, row) for name, of_shard in rows.items() for row in of_shard if selection.holds(name, row)]
-
-    def remove(self, selection: Selection, *, reason: str = "") -> Receipt:
+    def remove(
+        self,
+        selection: Selection,
+        *,
+        reason: str = "",
+        duplicates: Literal["ignore", "report", "remove"] = "ignore",
+        key: Ed25519PrivateKey | None = None,
+    ) -> Receipt:
         """Remove documents, physically: when this returns, no file of the store holds them.
 
         A shard that loses all its documents is deleted. One that loses some is written anew without them, with no
         call of the model, and equals the shard that never held them.
+
+        Args:
+            selection: which documents.
+            reason: why, for receipt and log.
+            duplicates: whether near-duplicates elsewhere in the store are looked for and named in the receipt, or
+                removed as well.
+            key: signs the receipt.
 
         Raises:
             UsageError: something named is not in the store.
         """
         with self._writing():
             going = self.affected(selection)
-            leaving: Counter[str] = Counter()
-            for name, row in going:
-                leaving[name] += row.end - row.begin
+            alike = self.near_duplicates(going) if duplicates != "ignore" else []
+            if duplicates == "remove" and alike:
+                also = tuple(str(row["id"]) for row in alike)
+                going += self._locate(also).values()
+            ids = {row.id for _, row in going}
             changed: dict[str, Shard | None] = {}
-            for name, tokens in leaving.items():
-                if tokens == self.manifest.shards[name].tokens:
-                    changed[name] = None
-                else:
-                    documents = self.shard(name).documents()
-                    changed[name] = Shard.build(e for e in documents if not selection.holds(name, e.document))
-            request = {kind: sorted(names) for kind, names in asdict(selection).items() if names}
-            return self._commit(changed, "remove", going, request=request, reason=reason)
+            leaving = Counter(name for name, _ in going)
+            for name in sorted(leaving):
+                whole = leaving[name] == self.manifest.shards[name].documents
+                changed[name] = None if whole else self.shard(name).without(ids)
+            told = {"near_duplicates": alike} if duplicates != "ignore" else {}
+            return self._commit(
+                changed, "remove", going, request=selection.request(), reason=reason, told=told, key=key
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -316,6 +224,8 @@ class Store:
         *,
         request: dict[str, list[str]],
         reason: str,
+        told: dict[str, Any] | None = None,
+        key: Ed25519PrivateKey | None = None,
     ) -> Receipt:
         """Write new shards (None: gone) and the groups that they touch, then switch to them and delete the old."""
         entries = dict(self.manifest.shards)
@@ -343,7 +253,9 @@ class Store:
                 "store_before": self.hash,
                 "store_after": manifest.canonical_hash,
                 "previous_receipt": self.manifest.receipt_sha256,
+                **(told or {}),
             },
+            key,
         )
         replace(manifest, receipt=receipt.path.name, receipt_sha256=receipt.digest).write(self.path / "store.json")
         self._reload()
@@ -404,9 +316,6 @@ class Store:
             history.append(self.path / "log.jsonl", history.load(path, self.manifest.receipt_sha256))
         return collected
 
-    def _verify_group(self, group: Group) -> None:
-        verify_group(self.path / "search" / group.directory, [self.manifest.shards[name] for name in group.shards])
-
     def verify(self) -> dict[str, Any]:
         """Check every byte of the store: seal, checksums, log chain, receipts, and that no stray file is left.
 
@@ -425,7 +334,7 @@ class Store:
                 verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
             for group in self.manifest.groups:
                 self._verify_group(group)
-            history.verify(
+            signers = history.verify(
                 self.path / "log.jsonl", self.path / "receipts", self.manifest.sequence, self.manifest.receipt_sha256
             )
         return {
@@ -435,30 +344,11 @@ class Store:
             "shards": len(self.manifest.shards),
             "groups": len(self.manifest.groups),
             "changes": self.manifest.sequence,
+            "signed": sum(each is not None for each in signers),
+            "signers": sorted({each for each in signers if each is not None}),
             "control": describe(self.control),
             "collected": collected,
         }
-
-    def summary(self) -> list[dict[str, Any]]:
-        """One row a shard, for people."""
-        table = []
-        for name, rows in self.rows().items():
-            directory = self.path / "shards" / self.manifest.shards[name].directory
-            table.append(
-                {
-                    "shard": name,
-                    "owner": rows[0].owner,
-                    "licenses": sorted({row.license for row in rows}),
-                    "documents": len(rows),
-                    "tokens": rows[-1].end,
-                    "bytes": sum(file.stat().st_size for file in directory.iterdir()),
-                }
-            )
-        return table
-
-    def log(self) -> list[dict[str, Any]]:
-        """What was added and removed, and when."""
-        return history.read(self.path / "log.jsonl")
 
 
 def shard_name(document: Document) -> str:

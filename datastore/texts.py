@@ -14,8 +14,7 @@ def documents_of_store(path: Path) -> Iterator[Document]:
     store = Store.open(path)
     for name in sorted(store.manifest.shards):
         for encoded in store.shard(name).documents():
-            row = encoded.document
-            text = store.tokenizer.decode(encoded.tokens.tolist(), skip_special_tokens=False)
+            row, text = encoded.document, encoded.text(store.tokenizer)
             yield Document(
                 id=row.id, text=text, license=row.license, owner=row.owner, source=row.source, title=row.title
             )

@@ -7,7 +7,7 @@ Everything is worked out from each document's range of tokens: the tokens themse
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -144,7 +144,7 @@ class Mixture:
         """The next ``count`` sequences, from the domains by weight, in random order.
 
         As many come from each domain as its weight asks for, rounded at random, so that a single domain is simply read
-        from front to back. A sequence that lies within a prompt has nothing to learn, and is left out.
+        from front to back. A sequence that lies within a prompt has nothing to learn, and the next takes its place.
         """
         names = sorted(weights)
         exact = np.asarray([weights[name] for name in names]) * count
@@ -155,10 +155,19 @@ class Mixture:
             np.add.at(shares, self._random.choice(len(names), missing, p=rest / rest.sum()), 1)
         chosen = []
         for name, share in zip(names, shares, strict=True):
-            drawn = range(self._taken[name], self._taken[name] + int(share))
-            chosen += [(name, index) for index in drawn if self.domains[name].teaches(index)]
-            self._taken[name] += int(share)
+            chosen += [(name, index) for index in self._take(name, int(share))]
         return Drawn(self, [chosen[index] for index in self._random.permutation(len(chosen))])
+
+    def _take(self, name: str, count: int) -> Iterator[int]:
+        """The next ``count`` sequences of a domain that have something to learn."""
+        domain, given = self.domains[name], self._taken[name]
+        while count:
+            if self._taken[name] - given > 2 * domain.sequences:
+                raise UsageError(f"domain {name!r} has nothing but prompts; leave it out of the mixture")
+            if domain.teaches(self._taken[name]):
+                yield self._taken[name]
+                count, given = count - 1, self._taken[name]
+            self._taken[name] += 1
 
     def used(self) -> np.ndarray:
         """The documents that gave a token to what was drawn so far: their numbers in the split, sorted."""

@@ -262,7 +262,7 @@ def test_dry_run_changes_no_byte(make_store, mixed, bytes_of):
     ("selection", "message"),
     [
         (Selection(), "nothing to remove was named"),
-        (Selection(documents=("Ada/9",)), "no document 'Ada/9' is in the store; there are 7, such as Ada/0"),
+        (Selection(documents=("Ada/9",)), "no document 'Ada/9' is in the store; it has such as Ada/0"),
         (Selection(owners=("ada",)), "no owner 'ada'"),
         (Selection(sources=("we",)), "no source 'we'"),
         (Selection(shards=("ada-0",)), "no shard 'ada-0'"),

@@ -212,6 +212,25 @@ def test_a_mixture_is_drawn_as_it_is_given(tokens: Tokens):
         mixture.given_weights({"none": 1})
 
 
+def test_as_many_are_drawn_as_are_asked_for(tokens: Tokens):
+    """Sequences without anything to learn are made up for, so that a run has the steps that its schedule counts on."""
+    mixture = Mixture(tokens, "train", by="source", length=7, seed=0)
+    domain = mixture.domains["pairs"]
+    idle = sum(not domain.teaches(index) for index in range(domain.sequences))
+    assert idle > 5
+    drawn = mixture.draw(domain.sequences, {"pairs": 1.0})
+    assert len(drawn) == domain.sequences
+    assert all((drawn[index]["labels"][1:] != IGNORED).any() for index in range(len(drawn)))
+
+
+def test_a_domain_of_prompts_alone_is_an_error(tokens: Tokens):
+    """A domain without anything to learn cannot fill its share, and is named."""
+    mixture = Mixture(tokens, "train", by=None, length=5, seed=0)
+    mixture.domains["all"] = Domain(np.array([0]), np.array([30]), np.array([31]), length=5, seed=0)
+    with pytest.raises(UsageError, match="'all' has nothing but prompts"):
+        mixture.draw(1, {"all": 1.0})
+
+
 def test_what_was_drawn_is_what_taught(tokens: Tokens):
     """The documents listed as teachers are exactly those with a token in a drawn sequence."""
     mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)

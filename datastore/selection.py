@@ -1,0 +1,79 @@
+"""Which documents of a store someone means: by id, owner, source, licence or shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from datastore.shard import DocumentRow
+from silo.errors import UsageError
+
+KINDS = {"documents": "document", "owners": "owner", "sources": "source", "licenses": "license", "shards": "shard"}
+"""Field of a selection → what one of it is called."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents that any of these names."""
+
+    documents: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    shards: tuple[str, ...] = ()
+    licenses: tuple[str, ...] = ()
+    """SPDX expressions, or patterns of them such as ``CC-BY-NC-*``."""
+
+    def holds(self, shard: str, row: DocumentRow) -> bool:
+        """Whether a document is among them."""
+        return (
+            row.id in self.documents
+            or row.owner in self.owners
+            or row.source in self.sources
+            or shard in self.shards
+            or any(fnmatchcase(row.license, pattern) for pattern in self.licenses)
+        )
+
+    def may_concern(self, shard: str, manifest: dict[str, Any]) -> bool:
+        """Whether a shard can hold any, by its own manifest: its owner, and its documents' sources and licences."""
+        return (
+            shard in self.shards
+            or manifest["owner"] in self.owners
+            or not set(self.sources).isdisjoint(manifest["sources"])
+            or any(fnmatchcase(license, pattern) for license in manifest["licenses"] for pattern in self.licenses)
+        )
+
+    def request(self) -> dict[str, list[str]]:
+        """What was asked for, for a receipt."""
+        return {kind: sorted(names) for kind, names in asdict(self).items() if names}
+
+    def require_found(
+        self, found: Iterable[tuple[str, DocumentRow]], known: Callable[[], dict[str, list[str]]]
+    ) -> None:
+        """Raise :class:`UsageError` if anything named was not found: a misspelt takedown must not pass.
+
+        Args:
+            found: the documents that were found, with their shards.
+            known: gives for each kind some names that the store does have, to tell in the error.
+        """
+        if not self.request():
+            options = ", ".join(f"--{name}" for name in KINDS.values())
+            raise UsageError(f"nothing to remove was named; give one of {options}")
+        seen = list(found)
+        present = {
+            "documents": {row.id for _, row in seen},
+            "owners": {row.owner for _, row in seen},
+            "sources": {row.source for _, row in seen},
+            "shards": {shard for shard, _ in seen},
+        }
+        licenses = {row.license for _, row in seen}
+        for kind, names in asdict(self).items():
+            for name in names:
+                if kind == "licenses":
+                    missing = not any(fnmatchcase(license, name) for license in licenses)
+                else:
+                    missing = name not in present[kind]
+                if missing:
+                    some = ", ".join(known()[kind][:5]) or "none"
+                    raise UsageError(f"no {KINDS[kind]} {name!r} is in the store; it has such as {some}")

@@ -1,0 +1,235 @@
+"""A store as its readers see it: one manifest, and the files that it names, which never change.
+
+A snapshot stays whole while another process changes the store, as long as what it reads is mapped or read already; what
+was removed meanwhile is missed with an error that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from datastore import history
+from datastore import shard as shards_on_disk
+from datastore.blocks import BlockIndex
+from datastore.control import ControlPlane, describe
+from datastore.groups import group_ids, verify_group
+from datastore.keys import KeyGroup, id_hash
+from datastore.knn import NeighbourIndex
+from datastore.manifest import Group, Manifest
+from datastore.selection import Selection
+from datastore.shard import DocumentRow, DocumentRows, Shard
+from datastore.sketches import ALIKE, candidates, containment, sample
+from silo.documents import Document
+from silo.errors import DataError, StoreError
+from silo.files import read_checked
+
+CHECKED_BYTES = 1 << 28
+"""Search structures up to this size are read and checked when they are opened. Larger ones are mapped unread, so that a
+store larger than memory opens at once; `silo datastore verify` checks them."""
+
+
+class Snapshot:
+    """What can be asked of a store without changing it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a store. Files are checked against their checksums when they are first read."""
+        return cls(path, Manifest.read(path / "store.json"))
+
+    @property
+    def hash(self) -> str:
+        """The canonical hash: equal for stores that hold the same documents under the same model and control plane."""
+        return self.manifest.canonical_hash
+
+    @cached_property
+    def control(self) -> ControlPlane:
+        """The control plane."""
+        return ControlPlane.load(self.path / "control", self.manifest.control)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model that the store was made for."""
+        return Tokenizer.from_str(read_checked(self.path / "tokenizer.json", self.manifest.tokenizer).decode())
+
+    def shard(self, name: str) -> Shard:
+        """Read one live shard, every byte checked."""
+        entry = self.manifest.shards[name]
+        with self._as_opened():
+            return Shard.read(self.path / "shards" / entry.directory, entry.hash)
+
+    @contextlib.contextmanager
+    def _as_opened(self) -> Iterator[None]:
+        """Say so if what is being read is missing because another process changed the store since it was opened."""
+        try:
+            yield
+        except (OSError, StoreError) as error:
+            if Manifest.read(self.path / "store.json").sequence != self.manifest.sequence:
+                raise StoreError(f"{self.path} was changed since it was opened; open it again") from error
+            raise
+
+    def rows(self) -> dict[str, list[DocumentRow]]:
+        """The documents of each live shard."""
+        return {name: self._rows(name) for name in sorted(self.manifest.shards)}
+
+    def _rows(self, name: str) -> list[DocumentRow]:
+        with self._as_opened():
+            return shards_on_disk.read_rows(self._shard_directory(name), self._shard_manifest(name))
+
+    def _shard_directory(self, name: str) -> Path:
+        return self.path / "shards" / self.manifest.shards[name].directory
+
+    def _shard_manifest(self, name: str) -> dict[str, Any]:
+        with self._as_opened():
+            return shards_on_disk.read_manifest(self._shard_directory(name), self.manifest.shards[name].hash)
+
+    def _document_rows(self, group: Group) -> DocumentRows:
+        entries = [self.manifest.shards[name] for name in group.shards]
+        return DocumentRows([(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries])
+
+    def neighbours(self) -> NeighbourIndex:
+        """The kNN index over all live shards, mapped from disk."""
+        with self._as_opened():
+            return NeighbourIndex(self._key_groups(), self.control)
+
+    def blocks(self) -> BlockIndex:
+        """The BM25 index over all live shards; starts a JVM."""
+        with self._as_opened():
+            directories = [self.path / "search" / group.directory / "blocks" for group in self.manifest.groups]
+            return BlockIndex(directories, self._key_groups())
+
+    def _key_groups(self) -> list[KeyGroup]:
+        """The keys of every group. Their files are checked first, if that takes no longer than a moment."""
+        found = []
+        for group in self.manifest.groups:
+            directory = self.path / "search" / group.directory
+            if sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) <= CHECKED_BYTES:
+                self._verify_group(group)
+            rows = self._document_rows(group)
+            found.append(KeyGroup(directory / "keys", first_row=group.first_row, document=rows))
+        return found
+
+    def absent(self, documents: Sequence[Document]) -> list[Document]:
+        """Those that the store does not have. Raises :class:`DataError` where it has another text under the same id."""
+        present = self._locate([document.id for document in documents])
+        for document in documents:
+            if document.id in present and present[document.id][1].content_hash != document.content_hash:
+                raise DataError(
+                    f"document {document.id!r} is in the store with another text; remove it first, or give a new id"
+                )
+        return [document for document in documents if document.id not in present]
+
+    def _locate(self, ids: Sequence[str]) -> dict[str, tuple[str, DocumentRow]]:
+        """The shard and the row of each document that is in the store; no other shard than its own is read."""
+        wanted = np.asarray([id_hash(each) for each in ids], dtype=np.uint64)
+        asked, found = set(ids), {}
+        with self._as_opened():
+            for group in self.manifest.groups:
+                known = group_ids(self.path / "search" / group.directory)
+                rows = self._document_rows(group)
+                for number in np.flatnonzero(np.isin(known, wanted)).tolist():
+                    row = rows(number)
+                    if row.id in asked:
+                        found[row.id] = (group.shards[rows.shard_of(number)], row)
+        return found
+
+    def affected(self, selection: Selection) -> list[tuple[str, DocumentRow]]:
+        """The documents that a selection holds, with their shards, sorted.
+
+        Shards that cannot hold any by what their manifest says are not read.
+
+        Raises:
+            UsageError: something named is not in the store.
+        """
+        concerned = {shard for shard, _ in self._locate(selection.documents).values()}
+        for name in self.manifest.shards:
+            if name not in concerned and selection.may_concern(name, self._shard_manifest(name)):
+                concerned.add(name)
+        found = [(name, row) for name in sorted(concerned) for row in self._rows(name) if selection.holds(name, row)]
+        selection.require_found(found, self._known)
+        return found
+
+    def _known(self) -> dict[str, list[str]]:
+        """Names that the store has, for people who misspelt one."""
+        manifests = [self._shard_manifest(name) for name in sorted(self.manifest.shards)]
+        first = self._rows(min(self.manifest.shards)) if self.manifest.shards else []
+        return {
+            "documents": [row.id for row in first],
+            "owners": sorted({manifest["owner"] for manifest in manifests}),
+            "shards": sorted(self.manifest.shards),
+            **{kind: sorted({name for m in manifests for name in m[kind]}) for kind in ("sources", "licenses")},
+        }
+
+    def near_duplicates(self, documents: Sequence[tuple[str, DocumentRow]]) -> list[dict[str, Any]]:
+        """Other documents of the store that hold half of the text of one of some documents, or are half held by one.
+
+        Found by their sketches, confirmed on their texts. One row each: what it is like most, and how much.
+        """
+        own = {row.id for _, row in documents}
+        texts = {id: text for name in sorted({name for name, _ in documents}) for id, text in self._texts(name, own)}
+        wanted = [sample(text) for text in texts.values()]
+        found = []
+        for group in self.manifest.groups:
+            rows = self._document_rows(group)
+            for number in sorted(candidates(self.path / "search" / group.directory / "sketches", wanted)):
+                row, shard = rows(number), group.shards[rows.shard_of(number)]
+                if row.id not in own:
+                    ((_, text),) = self._texts(shard, {row.id})
+                    share, of = max((containment(text, theirs), id) for id, theirs in texts.items())
+                    if share >= ALIKE:
+                        found.append({"id": row.id, "shard": shard, "of": of, "share": round(share, 4)})
+        return sorted(found, key=lambda row: str(row["id"]))
+
+    def _texts(self, name: str, ids: set[str]) -> list[tuple[str, str]]:
+        """Id and decoded text of some documents of a shard."""
+        documents = self.shard(name).documents()
+        return [(each.document.id, each.text(self.tokenizer)) for each in documents if each.document.id in ids]
+
+    def _verify_group(self, group: Group) -> None:
+        verify_group(self.path / "search" / group.directory, [self.manifest.shards[name] for name in group.shards])
+
+    def describe(self) -> dict[str, Any]:
+        """What the store is made of, in numbers."""
+        model = self.manifest.model
+        control = describe(self.control)
+        return {
+            "hash": self.hash,
+            "model": model["fingerprint"],
+            "key_layer": model["key_spec"]["layer"],
+            "documents": sum(entry.documents for entry in self.manifest.shards.values()),
+            "tokens": sum(entry.tokens for entry in self.manifest.shards.values()),
+            "groups": len(self.manifest.groups),
+            "changes": self.manifest.sequence,
+            **{f"control_{name}": value for name, value in control.items()},
+        }
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a shard, for people."""
+        table = []
+        for name, rows in self.rows().items():
+            directory = self.path / "shards" / self.manifest.shards[name].directory
+            table.append(
+                {
+                    "shard": name,
+                    "owner": rows[0].owner,
+                    "licenses": sorted({row.license for row in rows}),
+                    "documents": len(rows),
+                    "tokens": rows[-1].end,
+                    "bytes": sum(file.stat().st_size for file in directory.iterdir()),
+                }
+            )
+        return table
+
+    def log(self) -> list[dict[str, Any]]:
+        """What was added and removed, and when."""
+        return history.read(self.path / "log.jsonl")

@@ -1,0 +1,131 @@
+"""Proofs about a store beyond its checksums: that what is derived follows from what is canonical, and that a given text
+is nowhere in it."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datastore.bm25 import index_content
+from datastore.groups import build_group
+from datastore.sketches import sample
+from datastore.snapshot import Snapshot
+from silo.documents import Document
+from silo.errors import IntegrityError
+from silo.files import sha256_file
+
+if TYPE_CHECKING:
+    from silo.language_model import LanguageModel
+
+RUN_TOKENS = 32
+"""Tokens in a row that count as a trace of a text. Fewer than this are anybody's: the head of a function, a phrase."""
+RUN_BYTES = 128
+"""Bytes in a row that count as a trace."""
+MOST = 0.5
+"""Share of a text's shingles, or of its keys' codes, that counts as a trace."""
+ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be")
+_PROBES = 64
+"""Places of a text at which its bytes are looked for."""
+
+
+def verify_derived(store: Snapshot) -> int:
+    """Build every search structure anew from the shards, and compare it with the store's.
+
+    Returns:
+        How many were compared.
+
+    Raises:
+        IntegrityError: one is not what its shards give; the file is named.
+    """
+    for group in store.manifest.groups:
+        directory = store.path / "search" / group.directory
+        with tempfile.TemporaryDirectory() as scratch:
+            entries = [store.manifest.shards[name] for name in group.shards]
+            again, lists = Path(scratch), len(store.control.centroids)
+            shards = store.path / "shards"
+            build_group(again, shards, entries, store.tokenizer, lists=lists, first_row=group.first_row)
+            for name in ("keys", "sketches"):
+                for file in sorted((again / name).iterdir()):
+                    _require_equal(sha256_file(file), directory / name / file.name, sha256_file)
+            ours, theirs = index_content(directory / "blocks"), index_content(again / "blocks")
+            if ours != theirs:
+                different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+                raise IntegrityError(
+                    f"{directory / 'blocks'} is not what its shards give ({', '.join(different)}); rebuild the store"
+                )
+    return len(store.manifest.groups)
+
+
+def _require_equal(expected: str, path: Path, digest: Any) -> None:
+    if not path.is_file() or digest(path) != expected:
+        raise IntegrityError(f"{path} is not what its shards give; rebuild the store")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Something of a text that was found in a store."""
+
+    document: str
+    """The id of the text that was looked for."""
+    kind: str
+    """``bytes``, ``tokens``, ``shingles`` or ``codes``."""
+    file: Path
+    """Where."""
+
+
+def find_traces(store: Snapshot, documents: Iterable[Document], model: LanguageModel | None = None) -> Iterator[Trace]:
+    """Look for some texts in every file of a store.
+
+    For runs of their bytes, in every encoding that is likely; for runs of tokens; for their shingles in the sketches;
+    and, with a model, for the codes of their keys. A text that stands in another document too, such as a licence's
+    header, is found there. Only the tokenizer, which learned from permissive text, is not searched.
+    """
+    files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and path.name != "tokenizer.json"]
+    for document in documents:
+        text = document.full_text
+        tokens = np.asarray(store.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        runs, sketch = _runs(tokens), sample(text)
+        codes = store.control.encode(model.keys(model.tokenize(document)))[1] if model is not None else None
+        pieces = [piece for encoding in ENCODINGS for piece in _pieces(text.encode(encoding))]
+        for path in files:
+            if path.stat().st_size and _has_bytes(path, pieces):
+                yield Trace(document.id, "bytes", path)
+            if path.name == "tokens.npy" and np.isin(_runs(np.load(path).astype(np.int64)), runs).any():
+                yield Trace(document.id, "tokens", path)
+            if path.name == "hashes.npy" and len(sketch) and np.isin(sketch, np.load(path)).mean() > MOST:
+                yield Trace(document.id, "shingles", path)
+            if path.name == "codes.npy" and codes is not None and _share(codes, np.load(path)) > MOST:
+                yield Trace(document.id, "codes", path)
+
+
+def _pieces(data: bytes) -> list[bytes]:
+    """Runs of bytes at places all over a text."""
+    width = min(RUN_BYTES, len(data))
+    return [data[at : at + width] for at in range(0, len(data) - width + 1, max(1, (len(data) - width) // _PROBES))]
+
+
+def _has_bytes(path: Path, pieces: Iterable[bytes]) -> bool:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return any(data.find(piece) >= 0 for piece in pieces)
+
+
+def _runs(tokens: np.ndarray) -> np.ndarray:
+    """A hash of every run of :data:`RUN_TOKENS` tokens; of all of them, where there are fewer."""
+    length = min(RUN_TOKENS, len(tokens))
+    if not length:
+        return np.zeros(0, dtype=np.uint64)
+    factors = np.asarray([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(length)], dtype=np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + np.uint64(1), length)
+    return (windows * factors).sum(axis=1, dtype=np.uint64)
+
+
+def _share(codes: np.ndarray, among: np.ndarray) -> float:
+    """Share of some codes that are among others."""
+    present = {row.tobytes() for row in among}
+    return float(np.mean([row.tobytes() in present for row in codes])) if len(codes) else 0.0

@@ -1,0 +1,250 @@
+"""Takedowns: by licence, with near-duplicates, signed, proved; and what is read for them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import datastore.shard
+from datastore import groups
+from datastore.history import read
+from datastore.signing import load_key, signer
+from datastore.store import Selection, Store
+from datastore.verification import find_traces
+from silo.cli import main
+from silo.documents import Document
+from silo.errors import DataError, IntegrityError, UsageError
+from silo.sources import open_source
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["datastore", *map(str, arguments)])
+
+
+def said(*arguments: object) -> dict:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def distinct() -> list[Document]:
+    """Twelve documents of three owners that have nothing in common, not even a licence's header."""
+    files = [file for file in open_source("python:rich") if len(file.text) > 6000 and "/_" not in file.id][:12]
+    return [
+        replace(
+            file,
+            id=f"{owner}/{number // 3}",
+            text=file.text[3000:4500],
+            owner=owner,
+            license="GPL-3.0-only",
+            source=f"{owner}'s",
+        )
+        for number, file in enumerate(files)
+        for owner in (("Ada", "Grace", "Mary")[number % 3],)
+    ]
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """An operator's private key, in the form in which openssl writes it."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    path = tmp_path / "operator.pem"
+    path.write_bytes(pem(Ed25519PrivateKey.from_private_bytes(bytes(range(32)))))
+    return path
+
+
+def pem(key) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+# --- what is meant ----------------------------------------------------------------------------------------------------
+
+
+def test_a_licence_is_removed_by_its_pattern(make_store, distinct):
+    """A pattern removes the documents of each licence that it fits, and leaves the others of the same owner."""
+    names = ("CC-BY-NC-4.0", "CC-BY-NC-SA-3.0", "GPL-3.0-only")
+    licensed = [replace(document, license=names[number % 3]) for number, document in enumerate(distinct)]
+    store = make_store("store", licensed)
+    store.remove(Selection(licenses=("CC-BY-NC-*",)))
+    left = {row.id: row.license for rows in store.rows().values() for row in rows}
+    assert left == {each.id: each.license for each in licensed if each.license == "GPL-3.0-only"}
+    with pytest.raises(UsageError, match=r"no license 'CC-\*' is in the store; it has such as GPL-3.0-only"):
+        store.remove(Selection(licenses=("CC-*",)))
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(owners=("Ada",)),
+        Selection(documents=("Ada/0",)),
+        Selection(shards=("Ada",)),
+        Selection(sources=("Ada's",)),
+    ],
+    ids=["owner", "document", "shard", "source"],
+)
+def test_only_the_shards_that_are_meant_are_read(make_store, distinct, monkeypatch, selection):
+    """To find what goes, no other shard's documents are read, whatever names it."""
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 1)
+    store = make_store("store", distinct)
+    seen, real = [], datastore.shard.read_rows
+
+    def spy(directory, manifest):
+        seen.append(directory.name)
+        return real(directory, manifest)
+
+    monkeypatch.setattr(datastore.shard, "read_rows", spy)
+    assert {name for name, _ in Store.open(store.path).affected(selection)} == {"Ada"}
+    assert {name.partition("-")[0] for name in seen} == {"ada"}
+
+
+def test_what_is_there_already_is_passed_over_when_asked(make_store, distinct, model_dir, tmp_path):
+    """--skip-present adds what is new; the same text again is no error, and another text under the same id is one."""
+    store = make_store("store", distinct[:4])
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps(each.to_json()) + "\n" for each in distinct[2:6]))
+    assert run("add", store.path, file, "--model", model_dir).exit_code == 1
+    assert said("add", store.path, file, "--model", model_dir, "--skip-present")["documents"] == 2
+    before = Store.open(store.path).hash
+    assert said("add", store.path, file, "--model", model_dir, "--skip-present")["documents"] == 0
+    assert Store.open(store.path).hash == before == make_store("fresh", distinct[:6]).hash
+    with pytest.raises(DataError, match="'Ada/0' is in the store with another text"):
+        Store.open(store.path).absent([replace(distinct[0], text="another")])
+
+
+# --- near-duplicates --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies(distinct):
+    """The documents of two owners, and an edited copy of one of them inside a text of a third."""
+    words = distinct[0].text.split()
+    words[20::25] = ["changed"] * len(words[20::25])
+    mary = next(each for each in distinct if each.owner == "Mary")
+    copy = replace(mary, id="Mary/copy", text=f"{mary.text}\n{' '.join(words)}")
+    return [*(each for each in distinct if each.owner in ("Ada", "Grace")), copy]
+
+
+def test_near_duplicates_are_named_and_stay(make_store, copies):
+    """A removal names the document elsewhere that holds an edited copy, with how much of it, and no other."""
+    store = make_store("store", copies)
+    receipt = store.remove(Selection(documents=("Ada/0",)), duplicates="report")
+    (alike,) = receipt.content["near_duplicates"]
+    assert (alike["id"], alike["shard"], alike["of"]) == ("Mary/copy", "Mary", "Ada/0")
+    assert 0.5 < alike["share"] < 1
+    assert {row["id"] for row in receipt.content["documents"]} == {"Ada/0"}
+    assert "Mary" in store.manifest.shards
+
+
+def test_near_duplicates_go_when_asked(make_store, copies, answers):
+    """With duplicates removed too, the store is the one that never held either."""
+    store = make_store("store", copies)
+    receipt = store.remove(Selection(documents=("Ada/0",)), duplicates="remove")
+    assert {row["id"] for row in receipt.content["documents"]} == {"Ada/0", "Mary/copy"}
+    rest = [each for each in copies if each.id not in ("Ada/0", "Mary/copy")]
+    assert answers(store) == answers(make_store("fresh", rest))
+    store.verify()
+
+
+def test_the_command_names_them_before_and_after(make_store, copies):
+    """--dry-run and remove name near-duplicates; --no-duplicates does not look; both options at once are wrong use."""
+    store = make_store("store", copies)
+    assert said("remove", store.path, "--document", "Ada/0", "--dry-run")["near_duplicates"] == ["Mary/copy"]
+    assert said("remove", store.path, "--document", "Ada/0", "--dry-run", "--no-duplicates")["near_duplicates"] == []
+    assert run("remove", store.path, "--document", "Ada/0", "--no-duplicates", "--with-duplicates").exit_code == 2
+    assert said("remove", store.path, "--document", "Ada/0")["near_duplicates_left"] == ["Mary/copy"]
+
+
+# --- receipts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_signed_receipt_is_checked(make_store, distinct, key):
+    """A signed removal says by whom; verify counts it, and a changed receipt or signature is found out."""
+    store = make_store("store", distinct)
+    result = said("remove", store.path, "--owner", "Ada", "--reason", "asked", "--key", key)
+    receipt = Path(result["receipt"])
+    content = json.loads(receipt.read_bytes())
+    public = load_key(key).public_key().public_bytes_raw().hex()
+    assert signer(content, receipt) == public
+    checked = said("verify", store.path)
+    assert (checked["signed"], checked["signers"]) == (1, [public])
+    for change in ({"reason": "not asked"}, {"signature": {**content["signature"], "public_key": "00" * 32}}):
+        with pytest.raises(IntegrityError, match="is not what its signature says"):
+            signer({**content, **change}, receipt)
+    assert signer({name: value for name, value in content.items() if name != "signature"}, receipt) is None
+    assert read(store.path / "log.jsonl")[-1]["reason"] == "asked"
+
+
+def test_the_same_removal_has_the_same_receipt(make_store, distinct, key):
+    """Signed with one key, equal histories give equal receipts."""
+    stores = [make_store(name, distinct) for name in ("one", "two")]
+    made = [store.remove(Selection(owners=("Ada",)), key=load_key(key)).path.read_bytes() for store in stores]
+    assert made[0] == made[1]
+
+
+def test_a_key_that_is_none_is_wrong_use(make_store, distinct, tmp_path):
+    """A missing key, no key, and a key of another kind each say what is wanted, before anything is removed."""
+    from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
+
+    store = make_store("store", distinct[:3])
+    (tmp_path / "no.pem").write_text("nothing")
+    (tmp_path / "other.pem").write_bytes(pem(Ed448PrivateKey.generate()))
+    for name, complaint in (("x.pem", "does not exist"), ("no.pem", "no unencrypted"), ("other.pem", "another kind")):
+        result = run("remove", store.path, "--owner", "Ada", "--key", tmp_path / name)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert complaint in result.stderr
+    assert "Ada" in Store.open(store.path).manifest.shards
+
+
+# --- proofs -----------------------------------------------------------------------------------------------------------
+
+
+def test_absence_is_proved_and_presence_found(make_store, distinct, model, model_dir, tmp_path):
+    """Before a removal every kind of trace of the documents is found; after it none is, in no file."""
+    store = make_store("store", distinct)
+    gone = [each for each in distinct if each.owner == "Ada"]
+    assert {trace.kind for trace in find_traces(store, gone, model)} == {"tokens", "shingles", "codes"}
+    file = tmp_path / "gone.jsonl"
+    file.write_text("".join(json.dumps(each.to_json()) + "\n" for each in gone))
+    found = run("verify", store.path, "--absent", file, "--model", model_dir)
+    assert (found.exit_code, "it is not gone" in found.stderr) == (1, True)
+    store.remove(Selection(owners=("Ada",)))
+    assert list(find_traces(store, gone, model)) == []
+    assert said("verify", store.path, "--absent", file, "--model", model_dir)["absent"] == len(gone)
+    (store.path / "receipts" / "note.txt").write_text(gone[0].text)
+    assert {trace.kind for trace in find_traces(store, gone[:1])} == {"bytes"}
+
+
+@pytest.mark.parametrize("part", ["blocks", "sketches", "keys"])
+def test_deep_verification_compares_what_is_derived(make_store, distinct, part):
+    """A search structure that was made of something else, with every checksum made good, is found and named."""
+    store = make_store("store", distinct)
+    assert said("verify", store.path, "--deep")["rebuilt_and_equal"] == 1
+    other = make_store("other", [replace(each, text=each.text + " ".join(map(str, range(200)))) for each in distinct])
+    (mine,), (theirs,) = ((each.path / "search").iterdir() for each in (store, other))
+    for path in (mine / part).iterdir():
+        path.unlink()
+    for path in (theirs / part).iterdir():
+        (mine / part / path.name).write_bytes(path.read_bytes())
+    groups._seal(mine, [store.manifest.shards[name] for name in store.manifest.groups[0].shards])
+    assert run("verify", store.path).exit_code == 0
+    result = run("verify", store.path, "--deep")
+    assert result.exit_code == 1
+    assert f"{mine / part}" in result.stderr
+
+
+def test_show_tells_what_a_store_is(make_store, distinct, model):
+    """People see model, control plane, counts, and a row for each shard."""
+    store = make_store("store", distinct)
+    shown = said("show", store.path)
+    assert shown["model"] == model.fingerprint
+    assert (shown["documents"], shown["tokens"]) == (12, sum(row["tokens"] for row in shown["shards"]))
+    assert {"control_lists", "control_codes", "hash", "groups", "changes"} <= shown.keys()
+    text = run("show", store.path).stdout
+    for words in ("model", "Ada", "GPL-3.0-only"):
+        assert words in text
