@@ -152,9 +152,10 @@ class Snapshot:
             UsageError: something named is not in the store.
         """
         concerned = {shard for shard, _ in self._locate(selection.documents).values()}
-        for name in self.manifest.shards:
-            if name not in concerned and selection.may_concern(name, self._shard_manifest(name)):
-                concerned.add(name)
+        concerned |= self.manifest.shards.keys() & {*selection.owners, *selection.shards}
+        if selection.sources or selection.licenses:
+            rest = self.manifest.shards.keys() - concerned
+            concerned |= {name for name in rest if selection.may_concern(self._shard_manifest(name))}
         found = [(name, row) for name in sorted(concerned) for row in self._rows(name) if selection.holds(name, row)]
         selection.require_found(found, self._known)
         return found

@@ -116,19 +116,38 @@ class Store(Snapshot):
         self.require_model(model)
         with self._writing():
             self._require_addable(documents)
-            added: dict[str, list[Encoded]] = {}
+            encoded = []
             for done, document in enumerate(documents, start=1):
-                added.setdefault(shard_name(document), []).append(self.encode(document, model))
+                encoded.append(self.encode(document, model))
                 if progress:
                     progress(done, len(documents))
-            changed: dict[str, Shard | None] = {
-                name: Shard.build(encoded + (self.shard(name).documents() if name in self.manifest.shards else []))
-                for name, encoded in added.items()
-            }
-            rows = [(name, encoded.document) for name, of_shard in added.items() for encoded in of_shard]
-            return self._commit(changed, "add", rows, request={}, reason="", key=key)
+            return self._insert(encoded, key)
 
-    def _require_addable(self, documents: Sequence[Document]) -> None:
+    def insert(self, encoded: Sequence[Encoded], *, key: Ed25519PrivateKey | None = None) -> Receipt:
+        """Add documents that :meth:`encode` made, here or in another store of the same model and control plane.
+
+        Raises:
+            UsageError: there are none.
+            DataError: as :meth:`add` raises it.
+        """
+        if not encoded:
+            raise UsageError("nothing to add; give at least one document")
+        with self._writing():
+            self._require_addable([each.document for each in encoded])
+            return self._insert(encoded, key)
+
+    def _insert(self, encoded: Sequence[Encoded], key: Ed25519PrivateKey | None) -> Receipt:
+        added: dict[str, list[Encoded]] = {}
+        for each in encoded:
+            added.setdefault(shard_name(each.document), []).append(each)
+        changed: dict[str, Shard | None] = {
+            name: Shard.build(new + (self.shard(name).documents() if name in self.manifest.shards else []))
+            for name, new in added.items()
+        }
+        rows = [(name, each.document) for name, of_shard in added.items() for each in of_shard]
+        return self._commit(changed, "add", rows, request={}, reason="", key=key)
+
+    def _require_addable(self, documents: Sequence[Document | DocumentRow]) -> None:
         present = self._locate([document.id for document in documents])
         new: set[str] = set()
         for document in documents:
@@ -351,7 +370,7 @@ class Store(Snapshot):
         }
 
 
-def shard_name(document: Document) -> str:
+def shard_name(document: Document | DocumentRow) -> str:
     """The shard that a document belongs to: its owner's, or its source's where no owner is known."""
     return document.owner or document.source
 

@@ -137,7 +137,7 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
     _, _, tail = rest.partition(END)
     found, removal = record["result"]["perplexity"], record["result"]["removal"]
     rows = [
-        ("copyleft text of five owners", found["restricted"]),
+        (f"copyleft text of {len(record['result']['owners']) - 1} owners", found["restricted"]),
         ("the same, after one owner is removed", found["after_removal"]),
         (f"text of the removed owner, {removal['owner']}, before", found["removed_owner"]["before"]),
         (f"text of the removed owner, {removal['owner']}, after", found["removed_owner"]["after"]),
@@ -151,7 +151,7 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
     said = (
         f"At all {removal['positions']:,} test positions, the distribution after the removal is, bit for bit, that of "
         "a store that never held the owner.\n"
-        f"Measured by `silo quickstart` on {cores} cores, beside other work, twice: {took}; RESULTS.md says how."
+        f"Measured by `silo quickstart` on {cores} cores, twice: {took}; RESULTS.md says how."
     )
     return f"{head}{BEGIN}\n\n{table}\n\n{said}\n\n{END}{tail}"
 

@@ -1,0 +1,251 @@
+"""How a store behaves as its number of owners grows: opening, neighbours, blocks, removal.
+
+    python scripts/bench_store.py CORPUS/*.jsonl.zst --model quickstart/model > scripts/results/store.json
+
+Documents of real text are encoded once, and dealt out to 1, 200 and 2,000 owners, whose stores hold the same keys. The
+peer of the neighbours is one merged FAISS index in memory over those keys, without documents or ties; that of the
+blocks is one Lucene index, which is the store of one owner. Both take turns with ours. For removals, one more owner
+with a million tokens joins stores of 10 and of 1,000 owners.
+
+Prints one JSON document: machine, command, commit, seed, data hash, result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import faiss
+import numpy as np
+from recording import commit, files_hash, machine
+
+from datastore.control import ControlPlane
+from datastore.knn import PROBES
+from datastore.shard import Encoded
+from datastore.store import Selection, Store
+from silo.documents import Document
+from silo.files import sha256
+from silo.language_model import LanguageModel
+from silo.licensing import DEFAULT_POLICY
+from silo.sources import open_source
+
+NEIGHBOURS = 256
+QUERIES = 1024
+LARGE = "the owner of much"
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--tokens", default=2_000_000, show_default=True, help="Tokens of the stores of many owners.")
+@click.option("--large-tokens", default=1_000_000, show_default=True, help="Tokens of the owner who is removed.")
+@click.option("--rounds", default=5, show_default=True)
+def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, rounds: int) -> None:
+    """Measure, and print one JSON document."""
+    lm = LanguageModel.load(model)
+    documents = [d for file in files for d in open_source(str(file))]
+    documents.sort(key=lambda document: sha256(document.id.encode()))
+    plane = control_plane(lm, [d for d in documents if DEFAULT_POLICY.tier(d).permissive])
+    restricted = [d for d in documents if not DEFAULT_POLICY.tier(d).permissive]
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        maker = Store.create(root / "maker", lm, model / "tokenizer.json", plane)
+        begin = time.perf_counter()
+        encoded = encode(maker, lm, restricted, tokens + large_tokens)
+        encoding = time.perf_counter() - begin
+        rows = np.cumsum([len(each.tokens) for each in encoded])
+        cut = int(np.searchsorted(rows, tokens))
+        small, large = encoded[:cut], [owned(each, LARGE) for each in encoded[cut:]]
+        say(f"{rows[-1]:,} keys in {encoding:.0f} s")
+        stores = {n: build(root / f"owners-{n}", lm, model, plane, small, n) for n in (1, 10, 200, 1000, 2000)}
+        queries = plane.quantizer().decode(np.concatenate([each.codes for each in small[:40]]))[:QUERIES]
+        result = {
+            "keys": int(rows[cut - 1]),
+            "opening": {n: opening(stores[n], rounds) for n in (10, 1000)},
+            "neighbours": neighbours(stores, plane, small, queries, rounds),
+            "blocks": blocks(stores, lm, small, rounds),
+            "removal": removal(root, stores, large, rounds, encoding / rows[-1]),
+        }
+    report = {
+        "machine": machine(),
+        "command": "python scripts/bench_store.py " + " ".join(file.name for file in files),
+        "commit": commit(),
+        "seed": 0,
+        "data": files_hash(files),
+        "model": lm.fingerprint,
+        "rounds": rounds,
+        "result": result,
+    }
+    print(json.dumps(report, indent=1))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def control_plane(lm: LanguageModel, permissive: list[Document], keys: int = 131_072) -> ControlPlane:
+    """Centroids and ranges from permissive text."""
+    found: list[np.ndarray] = []
+    for document in permissive:
+        if sum(map(len, found)) >= keys:
+            break
+        found.append(lm.keys(lm.tokenize(document)))
+    return ControlPlane.fit(np.concatenate(found), [])
+
+
+def encode(store: Store, lm: LanguageModel, documents: list[Document], tokens: int) -> list[Encoded]:
+    """Documents as shards hold them, until there are so many tokens."""
+    encoded: list[Encoded] = []
+    held = 0
+    for document in documents:
+        if held >= tokens:
+            break
+        encoded.append(store.encode(document, lm))
+        held += len(encoded[-1].tokens)
+    return encoded
+
+
+def owned(each: Encoded, owner: str) -> Encoded:
+    """A document as another owner's."""
+    return replace(each, document=replace(each.document, owner=owner))
+
+
+def build(
+    path: Path, lm: LanguageModel, model: Path, plane: ControlPlane, encoded: list[Encoded], owners: int
+) -> Store:
+    """A store of some documents, dealt out to so many owners."""
+    store = Store.create(path, lm, model / "tokenizer.json", plane)
+    begin = time.perf_counter()
+    store.insert([owned(each, f"owner {number % owners}") for number, each in enumerate(encoded)])
+    say(f"{owners} owners: {len(store.manifest.groups)} groups, {time.perf_counter() - begin:.1f} s")
+    return store
+
+
+def opening(store: Store, rounds: int) -> float:
+    """Median seconds to open a store and its neighbours."""
+    return statistics.median(timed(lambda: Store.open(store.path).neighbours()) for _ in range(rounds))
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def neighbours(
+    stores: dict[int, Store], plane: ControlPlane, encoded: list[Encoded], queries: np.ndarray, rounds: int
+) -> dict[str, Any]:
+    """Queries a second of each store, and of one merged index in memory."""
+    coarse = plane.coarse_index()
+    lists = len(plane.centroids)
+    merged = faiss.IndexIVFScalarQuantizer(
+        coarse, plane.dimension, lists, plane.quantizer().qtype, faiss.METRIC_L2, False
+    )
+    merged.sq, merged.is_trained, merged.nprobe = plane.quantizer(), True, min(PROBES, lists)
+    numbers, codes = (np.concatenate([getattr(each, name) for each in encoded]) for name in ("lists", "codes"))
+    order = np.argsort(numbers, kind="stable").astype(np.int64)
+    for number in range(lists):
+        rows = order[numbers[order] == number]
+        if len(rows):
+            of_list = np.ascontiguousarray(codes[rows])
+            merged.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(of_list))
+    merged.ntotal = len(numbers)
+    opened = {n: stores[n].neighbours() for n in (1, 200, 2000)}
+    seconds: dict[str, list[float]] = {"merged": [], **{str(n): [] for n in opened}}
+    for _ in range(rounds + 1):
+        seconds["merged"].append(timed(lambda: merged.search(queries, NEIGHBOURS)))
+        for n, index in opened.items():
+            seconds[str(n)].append(timed(lambda index=index: index.search(queries, NEIGHBOURS)))  # type: ignore[misc]
+    return rates(seconds, "merged", len(queries))
+
+
+def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:
+    """Queries a second of the BM25 index of each store."""
+    texts = [lm.tokenizer.decode(each.tokens[100:164].tolist()) for each in encoded if len(each.tokens) > 200][:256]
+    opened = {n: stores[n].blocks() for n in (1, 200, 2000)}
+    seconds: dict[str, list[float]] = {str(n): [] for n in opened}
+    for _ in range(rounds + 1):
+        for n, index in opened.items():
+            seconds[str(n)].append(timed(lambda index=index: index.search(texts)))  # type: ignore[misc]
+    return rates(seconds, "1", len(texts))
+
+
+def rates(seconds: dict[str, list[float]], peer: str, count: int) -> dict[str, Any]:
+    """Queries a second, and as a ratio to the peer's, round by round; the first round warms up."""
+    kept = {name: values[1:] for name, values in seconds.items()}
+    ratios = {name: [p / s for p, s in zip(kept[peer], values, strict=True)] for name, values in kept.items()}
+    return {
+        "queries_per_second": {name: count / statistics.median(values) for name, values in kept.items()},
+        f"ratio_to_{peer}": {name: statistics.median(values) for name, values in ratios.items()},
+        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
+    }
+
+
+def removal(
+    root: Path, stores: dict[int, Store], large: list[Encoded], rounds: int, seconds_a_key: float
+) -> dict[str, Any]:
+    """Seconds to remove the large owner, one document of it, and a small owner, beside the time that syncing took."""
+    found: dict[str, Any] = {}
+    tokens = sum(len(each.tokens) for each in large)
+    for n in (10, 1000):
+        stores[n].insert(large)
+        what = {
+            "large_shard": Selection(owners=(LARGE,)),
+            "document_of_it": Selection(documents=(large[3].document.id,)),
+            "small_shard": Selection(owners=("owner 3",)),
+        }
+        for name, selection in what.items():
+            times = [once(root, stores[n], selection) for _ in range(rounds)]
+            found.setdefault(name, {})[str(n)] = {
+                key: statistics.median(each[key] for each in times) for key in ("seconds", "syncing", "beside_syncing")
+            }
+            say(f"{name} of {n}: {found[name][str(n)]}")
+    group = sum(entry.tokens for name, entry in stores[1000].manifest.shards.items() if name != LARGE)
+    found["encoding_seconds"] = {"large_shard": tokens * seconds_a_key, "group_of_small_shards": group * seconds_a_key}
+    return found
+
+
+def once(root: Path, store: Store, selection: Selection) -> dict[str, float]:
+    """Remove from a copy of a store."""
+    copy = root / "copy"
+    shutil.copytree(store.path, copy, copy_function=os.link)
+    for name in ("store.json", "log.jsonl"):
+        (copy / name).unlink()
+        shutil.copy(store.path / name, copy / name)
+    opened = Store.open(copy)
+    with syncing() as spent:
+        seconds = timed(lambda: opened.remove(selection))
+    shutil.rmtree(copy)
+    return {"seconds": seconds, "syncing": spent[0], "beside_syncing": seconds - spent[0]}
+
+
+@contextmanager
+def syncing() -> Iterator[list[float]]:
+    """Adds up the seconds that go into waiting for the disk."""
+    real, spent = os.fsync, [0.0]
+
+    def fsync(descriptor: int) -> None:
+        spent[0] += timed(lambda: real(descriptor))
+
+    os.fsync = fsync  # type: ignore[assignment]
+    try:
+        yield spent
+    finally:
+        os.fsync = real
+
+
+if __name__ == "__main__":
+    main()
