@@ -75,9 +75,15 @@ def first_free_row(groups: Sequence[Group], entries: Mapping[str, ShardEntry], r
 
 
 def build_group(
-    directory: Path, shards: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer, *, lists: int, first_row: int
+    directory: Path,
+    shards: Sequence[Shard],
+    entries: Sequence[ShardEntry],
+    tokenizer: Tokenizer,
+    *,
+    lists: int,
+    first_row: int,
 ) -> None:
-    """Index some shards of the directory ``shards`` into an empty directory.
+    """Index some shards, whose entries are given in the same order, into an empty directory.
 
     The checksums lie beside the index and not in the store's manifest: Lucene's files hold random ids, and the
     manifest's bytes are to be the same for the same input.
@@ -86,10 +92,9 @@ def build_group(
 
     for name in PARTS:
         (directory / name).mkdir()
-    read = [Shard.read(shards / entry.directory, entry.hash) for entry in entries]
-    write_keys(directory / "keys", read, lists=lists, first_row=first_row)
-    build_index(directory / "blocks", cut_blocks(read, tokenizer))
-    write_sketches(directory / "sketches", (each.text(tokenizer) for shard in read for each in shard.documents()))
+    write_keys(directory / "keys", shards, lists=lists, first_row=first_row)
+    build_index(directory / "blocks", cut_blocks(shards, tokenizer))
+    write_sketches(directory / "sketches", (each.text(tokenizer) for shard in shards for each in shard.documents()))
     _seal(directory, entries)
 
 

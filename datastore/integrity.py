@@ -9,10 +9,14 @@ from typing import Any
 from silo.errors import IntegrityError
 from silo.files import canonical_json, check_digest, read_checked, sha256, sha256_file
 
+_HEAD, _BETWEEN, _TAIL = b'{"content":', b',"seal":"', b'"}\n'
+_SEAL_LENGTH = 64
+
 
 def sealed(content: dict[str, Any]) -> bytes:
     """The bytes of a JSON file that carries the checksum of its own content."""
-    return canonical_json({**content, "seal": sha256(canonical_json(content))})
+    body = canonical_json(content).rstrip(b"\n")
+    return _HEAD + body + _BETWEEN + sha256(body).encode() + _TAIL
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -21,15 +25,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise missing(path) from None
-    try:
-        content = json.loads(data)
-        del content["seal"]
-        intact = sealed(content) == data
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
+    end = len(data) - len(_TAIL) - _SEAL_LENGTH - len(_BETWEEN)
+    body = data[len(_HEAD) : max(0, end)]
+    if _HEAD + body + _BETWEEN + sha256(body).encode() + _TAIL != data:
         raise IntegrityError(f"{path} is damaged: its content is not what its seal says; restore it from a backup")
-    return content
+    return json.loads(body)
 
 
 def verify_directory(directory: Path, index: str, expected_hash: str) -> None:

@@ -19,9 +19,9 @@ from silo.retrieval import Neighbours, SourceDocument
 
 PROBES = 16
 """Inverted lists read a query."""
-QUERIES_PER_BATCH = 256
+QUERIES_PER_BATCH = 1024
 SPARE = 8
-"""Neighbours that are fetched beyond k, to see whether the k-th is tied with one that did not come."""
+"""Neighbours that are fetched beyond k, to see whether the k-th is tied with any that did not come."""
 
 
 class NeighbourIndex:
@@ -56,35 +56,37 @@ class NeighbourIndex:
         for start in range(0, len(keys), QUERIES_PER_BATCH):
             batch = np.ascontiguousarray(keys[start : start + QUERIES_PER_BATCH])
             at = slice(start, start + len(batch))
-            distances[at], rows[at] = self._search(batch, k, k + SPARE)
+            distances[at], rows[at] = self._search(batch, k)
         return self._describe(distances, rows)
 
-    def _search(self, keys: np.ndarray, k: int, fetched: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Distances and rows (n, k) in their final order.
 
-        FAISS breaks a tie at the last place as it likes. So more are fetched than asked for, and where even the last of
-        those is tied with the k-th, twice as many again.
+        FAISS breaks a tie at the last place as it likes. So some more are fetched than asked for; and where even the
+        last of those is tied with the k-th, everything that is as near is.
         """
-        distances, rows = self._index.search(keys, fetched)
+        distances, rows = self._index.search(keys, k + SPARE)
         distances[rows < 0] = np.inf
-        order = self._order(distances, rows)
-        distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
-        tied = np.flatnonzero((distances[:, k - 1] == distances[:, -1]) & (rows[:, -1] >= 0))
-        distances, rows = distances[:, :k].copy(), rows[:, :k].copy()
-        if len(tied) and fetched < self.num_keys:
-            distances[tied], rows[tied] = self._search(np.ascontiguousarray(keys[tied]), k, 2 * fetched)
-        return distances, rows
+        equal = (distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)
+        for query in np.flatnonzero(equal.any(axis=1)):
+            near, found = distances[query], rows[query]
+            if near[k - 1] == near[-1] and found[-1] >= 0:
+                radius = float(np.nextafter(near[-1], np.float32(np.inf)))
+                _, as_near, also = self._index.range_search(keys[query : query + 1], radius)
+                found, first = np.unique(np.concatenate([found, also]), return_index=True)
+                near = np.concatenate([near, as_near])[first]
+            order = self._order(near, found)[:k]
+            distances[query, :k], rows[query, :k] = near[order], found[order]
+        return distances[:, :k], rows[:, :k]
 
     def _order(self, distances: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """By distance, then by (hash of the document's id, position)."""
-        flat = rows.ravel()
-        hashes = np.zeros(flat.shape, dtype=np.uint64)
-        positions = np.zeros(flat.shape, dtype=np.int64)
-        for number, chosen, within in self._by_group(flat):
+        """The order of (n,) rows by distance, then by (hash of the document's id, position)."""
+        hashes, positions = np.zeros(rows.shape, dtype=np.uint64), np.zeros(rows.shape, dtype=np.int64)
+        for number, chosen, within in self._by_group(rows):
             group = self._groups[number]
             document = np.searchsorted(group.begins, within, side="right") - 1
             hashes[chosen], positions[chosen] = group.ids[document], within - group.begins[document]
-        return np.lexsort((positions.reshape(rows.shape), hashes.reshape(rows.shape), distances), axis=-1)
+        return np.lexsort((positions, hashes, distances))
 
     def _by_group(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Which of some row numbers (n,) lie in which group: (its number, their places, their rows within it)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,10 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Commit."""
-        write_file(path, sealed(asdict(self)))
+        content = {each.name: getattr(self, each.name) for each in fields(self)}
+        content["shards"] = {name: vars(entry) for name, entry in self.shards.items()}
+        content["groups"] = [vars(group) for group in self.groups]
+        write_file(path, sealed(content))
 
     @property
     def canonical_hash(self) -> str:

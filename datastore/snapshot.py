@@ -22,7 +22,7 @@ from datastore.control import ControlPlane, describe
 from datastore.groups import group_ids, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.knn import NeighbourIndex
-from datastore.manifest import Group, Manifest
+from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard
 from datastore.sketches import ALIKE, candidates, containment, sample
@@ -64,7 +64,9 @@ class Snapshot:
 
     def shard(self, name: str) -> Shard:
         """Read one live shard, every byte checked."""
-        entry = self.manifest.shards[name]
+        return self._read_shard(self.manifest.shards[name])
+
+    def _read_shard(self, entry: ShardEntry) -> Shard:
         with self._as_opened():
             return Shard.read(self.path / "shards" / entry.directory, entry.hash)
 
@@ -133,6 +135,8 @@ class Snapshot:
         """The shard and the row of each document that is in the store; no other shard than its own is read."""
         wanted = np.asarray([id_hash(each) for each in ids], dtype=np.uint64)
         asked, found = set(ids), {}
+        if not asked:
+            return {}
         with self._as_opened():
             for group in self.manifest.groups:
                 known = group_ids(self.path / "search" / group.directory)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -258,7 +259,7 @@ class Store(Snapshot):
         groups: list[Group] = []
         for names in regroup(self.manifest.groups, entries, set(changed)):
             known = untouched.pop(tuple(names), None)
-            groups.append(known or self._write_group(names, entries, [*untouched.values(), *groups]))
+            groups.append(known or self._write_group(names, entries, [*untouched.values(), *groups], changed))
         manifest = replace(self.manifest, shards=entries, groups=groups, sequence=self.manifest.sequence + 1)
         receipt = Receipt.write(
             self.path / "receipts",
@@ -276,8 +277,9 @@ class Store(Snapshot):
             },
             key,
         )
-        replace(manifest, receipt=receipt.path.name, receipt_sha256=receipt.digest).write(self.path / "store.json")
-        self._reload()
+        manifest = replace(manifest, receipt=receipt.path.name, receipt_sha256=receipt.digest)
+        manifest.write(self.path / "store.json")
+        self.manifest = manifest
         self._collect()
         return receipt
 
@@ -290,12 +292,20 @@ class Store(Snapshot):
             self._publish(directory, self.path / "shards" / final)
         return ShardEntry(final, digest, len(shard.tokens), len(shard.rows))
 
-    def _write_group(self, names: list[str], entries: dict[str, ShardEntry], beside: Sequence[Group]) -> Group:
+    def _write_group(
+        self,
+        names: list[str],
+        entries: dict[str, ShardEntry],
+        beside: Sequence[Group],
+        at_hand: Mapping[str, Shard | None],
+    ) -> Group:
+        """Build the search structure of some shards; those at hand need not be read again."""
         shards = [entries[name] for name in names]
+        read = (at_hand.get(name) or self._read_shard(entries[name]) for name in names)
         first_row = first_free_row(beside, entries, sum(entry.tokens for entry in shards))
         with self._staging("search") as directory:
             lists = len(self.control.centroids)
-            build_group(directory, self.path / "shards", shards, self.tokenizer, lists=lists, first_row=first_row)
+            build_group(directory, list(read), shards, self.tokenizer, lists=lists, first_row=first_row)
             content = sha256(canonical_json([entry.hash for entry in shards]))[:16]
             final = f"{content}-{self.manifest.sequence + 1}"
             self._publish(directory, self.path / "search" / final)
@@ -323,10 +333,10 @@ class Store(Snapshot):
         }
         collected = []
         for kind, names in live.items():
-            for orphan in sorted((self.path / kind).iterdir()):
-                if orphan.name not in names:
-                    remove_tree(orphan) if orphan.is_dir() and not orphan.is_symlink() else orphan.unlink()
-                    collected.append(f"{kind}/{orphan.name}")
+            for name in sorted(set(os.listdir(self.path / kind)) - names):
+                orphan = self.path / kind / name
+                remove_tree(orphan) if orphan.is_dir() and not orphan.is_symlink() else orphan.unlink()
+                collected.append(f"{kind}/{name}")
         history.discard_uncommitted(self.path / "receipts", self.manifest.sequence)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()

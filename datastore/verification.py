@@ -48,7 +48,7 @@ def verify_derived(store: Snapshot) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             entries = [store.manifest.shards[name] for name in group.shards]
             again, lists = Path(scratch), len(store.control.centroids)
-            shards = store.path / "shards"
+            shards = [store.shard(name) for name in group.shards]
             build_group(again, shards, entries, store.tokenizer, lists=lists, first_row=group.first_row)
             for name in ("keys", "sketches"):
                 for file in sorted((again / name).iterdir()):
