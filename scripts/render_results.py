@@ -30,7 +30,7 @@ def read_records() -> dict[str, dict[str, Any]]:
 
 def results(records: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
-    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
+    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput, "store": store}
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
         "`scripts/results`.\n"
@@ -66,7 +66,8 @@ def laundering(record: dict[str, Any]) -> str:
     )
     clean, untouched = result["clean_documents"], result["untouched"]
     conflicts = "\n".join(
-        f"- {reason}: {found['documents']:,} documents of {len(found['sources'])} sources"
+        f"- {reason}: {found['documents']:,} of {', '.join(found['sources'][:3])}"
+        + (f" and {len(found['sources']) - 3} more sources" if len(found["sources"]) > 3 else "")
         for reason, found in result["conflicts"].items()
     )
     return f"""## Licences and laundering
@@ -96,6 +97,52 @@ def edits(rates: list[float]) -> str:
     """What was done to a planted passage."""
     replaced, dropped, inserted = rates
     return f"{replaced:.0%} of words replaced, {dropped:.0%} left out, {inserted:.0%} put in, case and commas changed"
+
+
+def store(record: dict[str, Any]) -> str:
+    """A store of many owners: opening, searching, removing."""
+    result, removal = record["result"], record["result"]["removal"]
+    near, blocks = result["neighbours"], result["blocks"]
+    speed = "\n".join(
+        f"| {owners} | {near['queries_per_second'][owners]:,.0f} | {near['ratio_to_merged'][owners]:.2f} × "
+        f"| {blocks['queries_per_second'][owners]:,.0f} | {blocks['ratio_to_1'][owners]:.2f} × |"
+        for owners in blocks["queries_per_second"]
+    )
+    what = {
+        "large_shard": "the owner of a million tokens",
+        "document_of_it": "one document of that owner",
+        "small_shard": "an owner of few tokens, in a group",
+    }
+    removals = "\n".join(
+        f"| {title} | {found['10']['beside_syncing']:.3f} | {found['1000']['beside_syncing']:.3f} | "
+        f"{found['10']['syncing']:.3f} and {found['1000']['syncing']:.3f} |"
+        for name, title in what.items()
+        for found in [removal[name]]
+    )
+    encoding = removal["encoding_seconds"]
+    return f"""## A store of many owners
+
+{result["keys"]:,} keys of real text, encoded once by the quickstart's model and dealt out to 1, 200 and 2,000 owners; \
+{record["rounds"]} rounds in turn, medians. The merged index is FAISS alone, in memory, without documents or ties.
+
+{provenance(record)}
+
+Opening a store of 10 owners and its neighbours takes {result["opening"]["10"] * 1000:.0f} ms, of 1,000 owners \
+{result["opening"]["1000"] * 1000:.0f} ms.
+
+| owners | neighbours: queries/s | of one merged index | blocks: queries/s | of one owner's |
+|---:|---:|---:|---:|---:|
+{speed}
+
+Seconds that a removal takes, beside those in which it waits for the disk:
+
+| removed | store of 10 owners | of 1,000 owners | waiting for the disk |
+|:---|---:|---:|---:|
+{removals}
+
+For comparison: encoding the owner of a million tokens takes {encoding["large_shard"]:.0f} s, all of the group of \
+small owners {encoding["group_of_small_shards"]:.0f} s, with the smallest of models.
+"""
 
 
 def throughput(record: dict[str, Any]) -> str:
