@@ -34,7 +34,7 @@ from silo.documents import Document
 from silo.files import canonical_json
 from silo.licensing import DEFAULT_POLICY
 from silo.sources import open_source
-from training.tokens import _wrapped, tokenize, train_tokenizer
+from training.tokens import tokenize, train_tokenizer, wrap_tokenizer
 
 LETTERS = [b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 PEER_BATCH = 256
@@ -145,7 +145,7 @@ def ours(files: tuple[str, ...], tokenizer: Path, out: Path) -> tuple[dict[str, 
     audit(out)
     done("audit")
     for side in ("permissive", "restricted"):
-        wrapped = _wrapped(Tokenizer.from_file(str(tokenizer)))
+        wrapped = wrap_tokenizer(Tokenizer.from_file(str(tokenizer)))
         tokenize(Corpus.open(out / side), DEFAULT_POLICY, wrapped, out / f"tokens-{side}")
         tokens += sum(json.loads((out / f"tokens-{side}" / "manifest.json").read_bytes())["tokens"].values())
     done("tokenise")

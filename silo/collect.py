@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import os
 import shutil
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from silo.audit import Tally, summarize
-from silo.corpus import FORMAT, SIDES, Row, split_of
+from silo.corpus import FORMAT, SIDES, split_of
+from silo.corpus_writer import HashedFile, SideWriter
 from silo.documents import Document, parse_document
 from silo.errors import DataError, UsageError
 from silo.evidence import claim_of_file, contradiction, directory_of, with_notice
-from silo.files import canonical_json, exclusive_lock, sealed, sha256, sync_directory, write_json
+from silo.files import canonical_json, exclusive_lock, sealed, sync_directory, write_json
 from silo.findings import CUT, RESTRICTED, STRICTER, Finding
 from silo.licensing import DEFAULT_POLICY, Policy, Tier, tier_of
 from silo.overlap import SIMILAR, Overlap, Passage, Role, similarity
@@ -81,8 +81,8 @@ def collect(
         pairs: whether to add text pairs drawn from the permissive Python files.
         against: sources of evaluation text. It is kept out of the permissive side, and not written.
         downloads: where archives from PyPI are kept.
-        recipe: how to read the rows of ``hf:`` sources; see :mod:`silo.hub`.
-        diversify: the directory of a model, and the share of training documents to keep; see :mod:`silo.diversify`.
+        recipe: how to read rows; see :mod:`silo.hub`.
+        diversify: a model's directory, and the share of training documents to keep; see :mod:`silo.diversify`.
         progress: told of each document read.
 
     Returns:
@@ -94,26 +94,34 @@ def collect(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty directory; choose another --out, or delete it")
-    out = Path(os.path.abspath(out))
+    with _made(Path(os.path.abspath(out))) as partial:
+        work = partial / "work"
+        work.mkdir()
+        with contextlib.closing(Catalogue(work, policy, progress)) as catalogue:
+            read = functools.partial(open_source, downloads=downloads, findings=catalogue.note, recipe=recipe)
+            for spec in against:
+                catalogue.read(spec, read(spec), evaluation=True)
+            for spec in sources:
+                catalogue.read(spec, read(spec))
+            catalogue.require_some(sources)
+            catalogue.sift()
+            if diversify is not None:
+                catalogue.diversify(*diversify)
+            summary = _write(partial, catalogue, policy, pairs)
+        shutil.rmtree(work)
+    return summary
+
+
+@contextlib.contextmanager
+def _made(out: Path) -> Iterator[Path]:
+    """A directory to work in, which takes its name when all went well, and is gone if not."""
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     lock = partial / "lock"
     with exclusive_lock(lock):
         try:
             _clear(partial, keep=lock)  # what a killed run left
-            work = partial / "work"
-            work.mkdir()
-            with contextlib.closing(Catalogue(work, policy, progress)) as catalogue:
-                for spec in against:
-                    catalogue.read(spec, _open(spec, catalogue, downloads, recipe), evaluation=True)
-                for spec in sources:
-                    catalogue.read(spec, _open(spec, catalogue, downloads, recipe))
-                catalogue.require_some(sources)
-                catalogue.sift()
-                if diversify is not None:
-                    catalogue.diversify(*diversify)
-                summary = _write(partial, catalogue, policy, pairs)
-            shutil.rmtree(work)
+            yield partial
             lock.unlink()
             sync_directory(partial)
             os.replace(partial, out)
@@ -121,11 +129,6 @@ def collect(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     sync_directory(out.parent)
-    return summary
-
-
-def _open(spec: str, catalogue: Catalogue, downloads: Path | None, recipe: Path | None) -> Iterator[Document]:
-    return open_source(spec, downloads=downloads, findings=catalogue.note, recipe=recipe)
 
 
 def _clear(directory: Path, *, keep: Path) -> None:
@@ -468,12 +471,12 @@ def _write(root: Path, catalogue: Catalogue, policy: Policy, pairs: bool) -> dic
     for side in SIDES:
         writer = None
         for document, line in catalogue.kept(permissive=side == "permissive"):
-            writer = writers[side] = writer or _SideWriter(root / side, side, policy, tally)
+            writer = writers[side] = writer or SideWriter(root / side, side, policy, tally)
             writer.write(document, line)
             for pair in pairs_of(document) if pairs and side == "permissive" else ():
                 if catalogue.is_new(pair):
                     writer.write(pair)
-    findings = _HashedFile(root / "findings.jsonl")
+    findings = HashedFile(root / "findings.jsonl")
     for finding in catalogue.findings():
         findings.write(canonical_json(dataclasses.asdict(finding)))
     summary = summarize(tally, catalogue.findings())
@@ -482,74 +485,3 @@ def _write(root: Path, catalogue: Catalogue, policy: Policy, pairs: bool) -> dic
     for writer in writers.values():
         writer.close(audit["digest"])
     return summary
-
-
-class _SideWriter:
-    """Writes the files of one side as a stream, and its manifest last."""
-
-    def __init__(self, directory: Path, side: str, policy: Policy, tally: Tally) -> None:
-        directory.mkdir()
-        self._directory, self._side, self._policy, self._tally = directory, side, policy, tally
-        names = ["index.jsonl", *(f"{split}.jsonl" for split in SIDES[side])]
-        self._files = {name: _HashedFile(directory / name) for name in names}
-        self._counts: Counter[str] = Counter()
-
-    def write(self, document: Document, line: bytes | None = None) -> None:
-        """Append a document's line to its split, and its row to the index. ``line`` saves spelling it out again."""
-        split = split_of(document.id, self._side)
-        line = line or canonical_json(document.to_json())
-        file = self._files[f"{split}.jsonl"]
-        tier = self._policy.tier(document)
-        row = Row(
-            id=document.id,
-            license=document.license,
-            owner=document.owner,
-            source=document.source,
-            title=document.title,
-            tier=tier.value,
-            split=split,
-            offset=file.bytes,
-            bytes=len(line),
-            sha256=sha256(line),
-            content=document.content_hash,
-        )
-        file.write(line)
-        self._files["index.jsonl"].write(canonical_json(dataclasses.asdict(row)))
-        kind = self._tally.add(document, tier)
-        self._counts.update({kind: 1, split: 1})
-
-    def close(self, audit: str) -> None:
-        """Sync the files and write the manifest, which vouches for them all."""
-        files = {name: {"sha256": file.close(), "bytes": file.bytes} for name, file in self._files.items()}
-        manifest = {
-            "format": FORMAT,
-            "side": self._side,
-            "policy": self._policy.to_json(),
-            "policy_fingerprint": self._policy.fingerprint,
-            "audit": audit,
-            "counts": {name: self._counts[name] for name in ("documents", "pairs", *SIDES[self._side])},
-            "files": files,
-        }
-        write_json(self._directory / "manifest.json", sealed(manifest))
-        sync_directory(self._directory)
-
-
-class _HashedFile:
-    """A file written once, from front to back, whose digest is known when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by close(), which makes it durable first
-        self._hash = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.bytes += len(data)
-
-    def close(self) -> str:
-        """Make the bytes durable and return their SHA-256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._hash.hexdigest()

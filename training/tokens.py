@@ -129,10 +129,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _wrapped(tokenizer)
+    return wrap_tokenizer(tokenizer)
 
 
-def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers uses it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=DOCUMENT_TOKEN,
@@ -250,7 +251,7 @@ def _opened(corpus: Corpus, policy: Policy, directory: Path) -> Tokens:
             raise IntegrityError(f"{directory / name} is missing; delete {directory}, so that it is made again")
         check_digest(directory / name, sha256_file(directory / name), expected)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return Tokens(directory, manifest, _wrapped(tokenizer))
+    return Tokens(directory, manifest, wrap_tokenizer(tokenizer))
 
 
 def _require_rows(tokens: Tokens, corpus: Corpus, policy: Policy) -> None:
