@@ -107,9 +107,9 @@ def _seal(directory: Path, entries: Sequence[ShardEntry]) -> None:
     write_file(directory / INDEX, sealed({"shards": [entry.hash for entry in entries], "files": files}))
 
 
-def group_ids(directory: Path) -> np.ndarray:
-    """The hashes of the ids of a group's documents, checked: (documents,) uint64."""
-    return read_array(directory / "keys" / "ids.npy", read_sealed(directory / INDEX)["files"]["keys/ids.npy"])
+def group_array(directory: Path, name: str) -> np.ndarray:
+    """One array of a group, such as ``keys/ids.npy``, read whole and checked."""
+    return read_array(directory / name, read_sealed(directory / INDEX)["files"][name])
 
 
 def verify_group(directory: Path, entries: Sequence[ShardEntry]) -> None:

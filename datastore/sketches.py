@@ -45,26 +45,36 @@ def write_sketches(directory: Path, texts: Iterable[str]) -> None:
 
 def sample(text: str) -> np.ndarray:
     """The sampled shingles of a text, each once."""
-    hashes = np.unique(shingles([text.encode()]).hashes)
+    hashes = every_shingle(text)
     return hashes[hashes % np.uint64(SAMPLED) == 0]
 
 
-def candidates(directory: Path, wanted: Sequence[np.ndarray]) -> set[int]:
-    """The documents of a group that share enough with one of some sketches to be looked at."""
-    hashes = np.load(directory / "hashes.npy", mmap_mode="r")
-    documents = np.load(directory / "documents.npy", mmap_mode="r")
-    found: set[int] = set()
-    for each in wanted:
-        begins, ends = np.searchsorted(hashes, each), np.searchsorted(hashes, each, side="right")
+def candidates(hashes: np.ndarray, documents: np.ndarray, wanted: Sequence[np.ndarray]) -> dict[int, list[int]]:
+    """The documents of a group that share enough with some sketches to be looked at.
+
+    Args:
+        hashes: (n,) of the group's sketches, sorted.
+        documents: (n,) the number of the document that has each.
+        wanted: sketches that :func:`sample` made.
+
+    Returns:
+        Document → which of ``wanted`` it may be like.
+    """
+    found: dict[int, list[int]] = {}
+    for which, sketch in enumerate(wanted):
+        begins, ends = np.searchsorted(hashes, sketch), np.searchsorted(hashes, sketch, side="right")
         runs = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
-        places = np.concatenate([np.zeros(0, np.int64), *runs])
-        numbers, counts = np.unique(documents[places], return_counts=True)
-        found.update(numbers[counts >= FEWEST_SHARED].tolist())
+        numbers, counts = np.unique(documents[np.concatenate([np.zeros(0, np.int64), *runs])], return_counts=True)
+        for number in numbers[counts >= FEWEST_SHARED].tolist():
+            found.setdefault(number, []).append(which)
     return found
 
 
-def containment(one: str, other: str) -> float:
-    """Share of the shorter text's shingles that the longer one has."""
-    first, second = (np.unique(shingles([text.encode()]).hashes) for text in (one, other))
-    shared = len(np.intersect1d(first, second, assume_unique=True))
-    return shared / max(1, min(len(first), len(second)))
+def every_shingle(text: str) -> np.ndarray:
+    """All shingles of a text, each once, sorted."""
+    return np.unique(shingles([text.encode()]).hashes)
+
+
+def containment(one: np.ndarray, other: np.ndarray) -> float:
+    """Share of the smaller of two sets of shingles that the larger one has."""
+    return len(np.intersect1d(one, other, assume_unique=True)) / max(1, min(len(one), len(other)))

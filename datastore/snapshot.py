@@ -19,13 +19,13 @@ from datastore import history
 from datastore import shard as shards_on_disk
 from datastore.blocks import BlockIndex
 from datastore.control import ControlPlane, describe
-from datastore.groups import group_ids, verify_group
+from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.knn import NeighbourIndex
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard
-from datastore.sketches import ALIKE, candidates, containment, sample
+from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from silo.documents import Document
 from silo.errors import DataError, StoreError
 from silo.files import read_checked
@@ -41,6 +41,7 @@ class Snapshot:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._mapped: dict[str, KeyGroup] = {}
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -112,14 +113,14 @@ class Snapshot:
 
     def _key_groups(self) -> list[KeyGroup]:
         """The keys of every group. Their files are checked first, if that takes no longer than a moment."""
-        found = []
         for group in self.manifest.groups:
-            directory = self.path / "search" / group.directory
-            if sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) <= CHECKED_BYTES:
-                self._verify_group(group)
-            rows = self._document_rows(group)
-            found.append(KeyGroup(directory / "keys", first_row=group.first_row, document=rows))
-        return found
+            if group.directory not in self._mapped:
+                directory = self.path / "search" / group.directory
+                if sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) <= CHECKED_BYTES:
+                    self._verify_group(group)
+                rows = self._document_rows(group)
+                self._mapped[group.directory] = KeyGroup(directory / "keys", first_row=group.first_row, document=rows)
+        return [self._mapped[group.directory] for group in self.manifest.groups]
 
     def absent(self, documents: Sequence[Document]) -> list[Document]:
         """Those that the store does not have. Raises :class:`DataError` where it has another text under the same id."""
@@ -139,7 +140,7 @@ class Snapshot:
             return {}
         with self._as_opened():
             for group in self.manifest.groups:
-                known = group_ids(self.path / "search" / group.directory)
+                known = group_array(self.path / "search" / group.directory, "keys/ids.npy")
                 rows = self._document_rows(group)
                 for number in np.flatnonzero(np.isin(known, wanted)).tolist():
                     row = rows(number)
@@ -181,19 +182,27 @@ class Snapshot:
         Found by their sketches, confirmed on their texts. One row each: what it is like most, and how much.
         """
         own = {row.id for _, row in documents}
-        texts = {id: text for name in sorted({name for name, _ in documents}) for id, text in self._texts(name, own)}
-        wanted = [sample(text) for text in texts.values()]
+        texts = [each for name in sorted({name for name, _ in documents}) for each in self._texts(name, own)]
+        wanted, whole = [sample(text) for _, text in texts], [every_shingle(text) for _, text in texts]
         found = []
-        for group in self.manifest.groups:
-            rows = self._document_rows(group)
-            for number in sorted(candidates(self.path / "search" / group.directory / "sketches", wanted)):
-                row, shard = rows(number), group.shards[rows.shard_of(number)]
-                if row.id not in own:
-                    ((_, text),) = self._texts(shard, {row.id})
-                    share, of = max((containment(text, theirs), id) for id, theirs in texts.items())
-                    if share >= ALIKE:
-                        found.append({"id": row.id, "shard": shard, "of": of, "share": round(share, 4)})
+        for shard, asked in self._alike(wanted, own).items():
+            for id, text in self._texts(shard, set(asked)):
+                theirs = every_shingle(text)
+                share, of = max((containment(whole[which], theirs), texts[which][0]) for which in asked[id])
+                if share >= ALIKE:
+                    found.append({"id": id, "shard": shard, "of": of, "share": round(share, 4)})
         return sorted(found, key=lambda row: str(row["id"]))
+
+    def _alike(self, wanted: Sequence[np.ndarray], own: set[str]) -> dict[str, dict[str, list[int]]]:
+        """Shard → document → which of some sketches it may be like, apart from the documents of these sketches."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for group in self.manifest.groups:
+            directory, rows = self.path / "search" / group.directory, self._document_rows(group)
+            hashes, documents = (group_array(directory, f"sketches/{name}.npy") for name in ("hashes", "documents"))
+            for number, which in sorted(candidates(hashes, documents, wanted).items()):
+                if (id := rows(number).id) not in own:
+                    found.setdefault(group.shards[rows.shard_of(number)], {})[id] = which
+        return found
 
     def _texts(self, name: str, ids: set[str]) -> list[tuple[str, str]]:
         """Id and decoded text of some documents of a shard."""

@@ -233,7 +233,8 @@ class Store(Snapshot):
                 ) from error
 
     def _reload(self) -> None:
-        """See the store as it is on disk now."""
+        """See the store as it is on disk now; a map of a file that is gone would keep it on the disk."""
+        self._mapped.clear()
         self.manifest = Manifest.read(self.path / "store.json")
 
     def _commit(
@@ -280,6 +281,7 @@ class Store(Snapshot):
         manifest = replace(manifest, receipt=receipt.path.name, receipt_sha256=receipt.digest)
         manifest.write(self.path / "store.json")
         self.manifest = manifest
+        self._mapped.clear()
         self._collect()
         return receipt
 

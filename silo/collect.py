@@ -151,9 +151,9 @@ class Catalogue:
         self._database = sqlite3.connect(directory / "catalogue", isolation_level=None)
         self._database.executescript(
             """
-            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA case_sensitive_like = ON;
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE documents (number INTEGER PRIMARY KEY, id TEXT UNIQUE, tier INT, license TEXT, owner TEXT,
-                source TEXT, content TEXT, is_pair INT, offset INT, bytes INT, rank INT, kept INT, spec TEXT);
+                source TEXT, content TEXT, is_pair INT, offset INT, bytes INT, kept INT, spec TEXT);
             CREATE TABLE claims (source TEXT, directory TEXT, license TEXT, evidence TEXT);
             CREATE TABLE findings (id TEXT, reason TEXT, detail TEXT, outcome TEXT);
             CREATE TABLE cuts (number INT, begin INT, end INT);
@@ -212,7 +212,7 @@ class Catalogue:
         row = (self._count, id, tier, document.license, document.owner, document.source, document.content_hash)
         place = (bool(document.prompt), offset, self._spool.write(line), None if evaluation else 1, spec)
         try:
-            self._database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?)", row + place)
+            self._database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row + place)
         except sqlite3.IntegrityError:
             where = self._database.execute("SELECT source, spec FROM documents WHERE id = ?", (id,)).fetchone()
             first = where[0] or where[1]
