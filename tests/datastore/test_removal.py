@@ -1,5 +1,6 @@
 """Takedowns: by licence, with near-duplicates, signed, proved; and what is read for them."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -248,3 +249,13 @@ def test_show_tells_what_a_store_is(make_store, distinct, model):
     text = run("show", store.path).stdout
     for words in ("model", "Ada", "GPL-3.0-only"):
         assert words in text
+
+
+def test_a_store_that_was_searched_keeps_no_map_of_what_it_removed(make_store, distinct):
+    """A process that goes on after a removal maps no deleted file of the store: its bytes would stay on the disk."""
+    store = make_store("store", distinct)
+    store.neighbours()
+    store.remove(Selection(owners=("Ada",)))
+    gc.collect()
+    held = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(store.path) in line]
+    assert [line for line in held if "(deleted)" in line] == []
