@@ -43,20 +43,31 @@ def render_pairs(value: dict[str, Any]) -> None:
     "Without it nothing is learnt: search is exhaustive, keys are half-precision.",
 )
 @click.option("--policy", type=PATH, help="Licence policy file that judges the control corpus.")
+@click.option(
+    "--codes", metavar="NAME", help="With --control: how keys are kept: sq8 (default), fp16, or pqM for M bytes."
+)
+@click.option("--lists", type=click.IntRange(1), help="With --control: inverted lists, at most (default 1024).")
 @reports(render_pairs)
-def create(store: Path, model: Path, control: Path | None, policy: Path | None) -> dict[str, Any]:
+def create(
+    store: Path, model: Path, control: Path | None, policy: Path | None, codes: str | None, lists: int | None
+) -> dict[str, Any]:
     """Make an empty store for the keys of one model.
 
     Example: silo datastore create STORE --model MODEL --control CORPUS/permissive
     """
-    from datastore.control import describe, fit_control_plane
+    if control is None and (codes or lists):
+        raise UsageError("--codes and --lists are fitted on text; give --control CORPUS with them")
+    from datastore.control import CODES, MAX_LISTS, describe, fit_control_plane
     from datastore.store import Store, read_trained_on
     from silo.language_model import LanguageModel
     from silo.licensing import DEFAULT_POLICY, load_policy
 
     lm = LanguageModel.load(model)
     rules = load_policy(policy) if policy else DEFAULT_POLICY
-    plane = fit_control_plane(lm, control, rules, read_trained_on(model)) if control else None
+    plane = None
+    if control is not None:
+        seen, how = read_trained_on(model), {"codes": codes or CODES, "lists": lists or MAX_LISTS}
+        plane = fit_control_plane(lm, control, rules, seen, **how)
     made = Store.create(store, lm, model / "tokenizer.json", plane)
     return {"store": str(store), "hash": made.hash, **describe(made.control)}
 

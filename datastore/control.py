@@ -1,8 +1,8 @@
 """The control plane: what a store shares between its shards, and therefore must not learn from any of them (law 2).
 
-It holds the coarse centroids of the inverted lists and the ranges of the 8-bit codes, both fitted on permissive text
-that the model's weights did not train on, with the list of the documents that taught it. A quantizer fitted on
-restricted keys would keep a centroid on a document after its deletion.
+It holds the coarse centroids of the inverted lists and what the codes need, both fitted on permissive text that the
+model's weights did not train on, with the list of the documents that taught it. A quantizer fitted on restricted keys
+would keep a centroid on a document after its deletion.
 
 Without a control corpus nothing is fitted: one list, and half-precision codes that need no ranges.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import faiss
 import numpy as np
 
+from datastore.codes import Codes
 from silo.corpus import Corpus
 from silo.documents import Document
 from silo.errors import LicenseError, UsageError
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from silo.language_model import LanguageModel
 
 KEYS_PER_LIST = 128
-"""Fitting keys a centroid, at least: between the 39 and 256 that FAISS asks for."""
+"""Fitting keys a centroid, at least: between the 39 and 256 that FAISS asks for. No more than these are made to fit on;
+documents are taken in the order of their hashed ids."""
 MAX_LISTS = 1024
-FITTING_KEYS = MAX_LISTS * KEYS_PER_LIST
-"""No more keys than this are made to fit on; documents are taken in the order of their hashed ids."""
+CODES = "sq8"
+"""By the comparison in RESULTS.md."""
 SEED = 0
 
 
@@ -41,8 +43,7 @@ class ControlPlane:
 
     centroids: np.ndarray
     """(lists, dimension) float32."""
-    ranges: np.ndarray
-    """(2 · dimension,) float32: lower ends and widths of the 8-bit codes; empty for half precision."""
+    codes: Codes
     provenance: Sequence[dict[str, str]]
     """id, licence, source and content hash of each document that taught it."""
 
@@ -51,32 +52,32 @@ class ControlPlane:
         """Width of a key."""
         return self.centroids.shape[1]
 
-    @property
-    def codes(self) -> str:
-        """``sq8`` or ``fp16``."""
-        return "sq8" if len(self.ranges) else "fp16"
-
     @classmethod
     def unfitted(cls, dimension: int) -> ControlPlane:
         """The control plane that learns from nothing: exhaustive search over half-precision keys."""
-        return cls(np.zeros((1, dimension), np.float32), np.zeros(0, np.float32), [])
+        centroids = np.zeros((1, dimension), np.float32)
+        return cls(centroids, Codes.fit("fp16", centroids), [])
 
     @classmethod
-    def fit(cls, keys: np.ndarray, provenance: Sequence[dict[str, str]]) -> ControlPlane:
-        """Fit on permissive keys (n, dimension), by k-means with a fixed seed."""
-        lists = 1 << max(0, min(MAX_LISTS, len(keys) // KEYS_PER_LIST).bit_length() - 1)
+    def fit(
+        cls, keys: np.ndarray, provenance: Sequence[dict[str, str]], *, codes: str = CODES, lists: int = MAX_LISTS
+    ) -> ControlPlane:
+        """Fit on permissive keys (n, dimension), by k-means with a fixed seed.
+
+        Args:
+            keys: (n, dimension) float32.
+            provenance: the documents that they are of.
+            codes: a name that :mod:`datastore.codes` knows.
+            lists: so many centroids at most; the largest power of two for which there are keys enough.
+        """
+        lists = 1 << max(0, min(lists, len(keys) // KEYS_PER_LIST).bit_length() - 1)
         kmeans = faiss.Kmeans(keys.shape[1], lists, niter=10, seed=SEED, max_points_per_centroid=256)
         kmeans.train(keys)
-        quantizer = faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_8bit)
-        quantizer.train(keys)
-        return cls(np.asarray(kmeans.centroids), faiss.vector_to_array(quantizer.trained), provenance)
+        return cls(np.asarray(kmeans.centroids), Codes.fit(codes, keys), provenance)
 
-    def quantizer(self) -> faiss.ScalarQuantizer:
+    def quantizer(self) -> Any:
         """The codec between keys and codes."""
-        kind = faiss.ScalarQuantizer.QT_8bit if len(self.ranges) else faiss.ScalarQuantizer.QT_fp16
-        quantizer = faiss.ScalarQuantizer(self.dimension, kind)
-        faiss.copy_array_to_vector(self.ranges, quantizer.trained)
-        return quantizer
+        return self.codes.quantizer()
 
     def encode(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give the list (n,) int32 and the code (n, bytes) uint8 of each key (n, dimension).
@@ -102,29 +103,38 @@ class ControlPlane:
         rows = b"".join(canonical_json(row) for row in self.provenance)
         write_file(directory / "provenance.jsonl", rows)
         files = {"provenance.jsonl": sha256(rows)}
-        for name in ("centroids", "ranges"):
-            files[f"{name}.npy"] = write_array(directory / f"{name}.npy", getattr(self, name))
-        data = canonical_json({"codes": self.codes, "files": files})
+        for name, array in (("centroids", self.centroids), ("codes", self.codes.fitted)):
+            files[f"{name}.npy"] = write_array(directory / f"{name}.npy", array)
+        data = canonical_json({"codes": self.codes.name, "files": files})
         write_file(directory / "control.json", data)
         return sha256(data)
 
     @classmethod
     def load(cls, directory: Path, expected_hash: str) -> ControlPlane:
         """Read the files of ``control/``, each checked. Raises :class:`silo.errors.IntegrityError`."""
-        files = json.loads(read_checked(directory / "control.json", expected_hash))["files"]
+        described = json.loads(read_checked(directory / "control.json", expected_hash))
+        files = described["files"]
         rows = read_checked(directory / "provenance.jsonl", files["provenance.jsonl"])
-        return cls(
-            read_array(directory / "centroids.npy", files["centroids.npy"]),
-            read_array(directory / "ranges.npy", files["ranges.npy"]),
-            [json.loads(line) for line in rows.splitlines()],
+        centroids, fitted = (
+            read_array(directory / f"{each}.npy", files[f"{each}.npy"]) for each in ("centroids", "codes")
         )
+        codes = Codes(described["codes"], centroids.shape[1], fitted)
+        return cls(centroids, codes, [json.loads(line) for line in rows.splitlines()])
 
 
 BATCH_BELOW_BLAS = 16
 """FAISS searches so few queries without a matrix product: its threshold was 20, and is 128,000 coordinates in 1.15."""
 
 
-def fit_control_plane(model: LanguageModel, corpus: Path, policy: Policy, trained_on: set[str]) -> ControlPlane:
+def fit_control_plane(
+    model: LanguageModel,
+    corpus: Path,
+    policy: Policy,
+    trained_on: set[str],
+    *,
+    codes: str = CODES,
+    lists: int = MAX_LISTS,
+) -> ControlPlane:
     """Fit a control plane on the ``control`` split of a permissive corpus.
 
     Args:
@@ -132,10 +142,12 @@ def fit_control_plane(model: LanguageModel, corpus: Path, policy: Policy, traine
         corpus: directory of the corpus's permissive side.
         policy: judges the licences, anew.
         trained_on: content hashes of the documents that taught the model.
+        codes: a name that :mod:`datastore.codes` knows.
+        lists: so many inverted lists at most.
 
     Raises:
         LicenseError: a document is restricted.
-        UsageError: the split is empty, or the model trained on one of its documents.
+        UsageError: there are no such codes, the split is empty, or the model trained on one of its documents.
     """
     opened = Corpus.open(corpus)
     opened.require_permissive(policy)
@@ -151,11 +163,11 @@ def fit_control_plane(model: LanguageModel, corpus: Path, policy: Policy, traine
     keys: list[np.ndarray] = []
     used: list[Document] = []
     for document in sorted(documents, key=lambda document: sha256(document.id.encode())):
-        if sum(map(len, keys)) >= FITTING_KEYS:
+        if sum(map(len, keys)) >= lists * KEYS_PER_LIST:
             break
         keys.append(model.keys(model.tokenize(document)))
         used.append(document)
-    return ControlPlane.fit(np.concatenate(keys), provenance(used))
+    return ControlPlane.fit(np.concatenate(keys), provenance(used), codes=codes, lists=lists)
 
 
 def provenance(documents: Iterable[Document]) -> list[dict[str, str]]:
@@ -173,4 +185,4 @@ def provenance(documents: Iterable[Document]) -> list[dict[str, str]]:
 
 def describe(control: ControlPlane) -> dict[str, Any]:
     """Numbers for a person."""
-    return {"lists": len(control.centroids), "codes": control.codes, "documents": len(control.provenance)}
+    return {"lists": len(control.centroids), "codes": control.codes.name, "documents": len(control.provenance)}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from datastore import control as control_module
+from datastore.codes import Codes
 from datastore.control import ControlPlane, fit_control_plane
 from silo.collect import collect
 from silo.corpus import Corpus
@@ -67,14 +68,14 @@ def test_empty_split_is_wrong_use(model, tmp_path):
 def test_provenance_lists_the_teachers_and_nobody_else(model, corpus, monkeypatch):
     """Documents are read in a fixed order until there are keys enough; those read are listed, and those alone teach."""
     first, second, *_ = control_documents(corpus)
-    monkeypatch.setattr(control_module, "FITTING_KEYS", len(model.tokenize(first)) + 1)
-    plane = fit_control_plane(model, corpus, DEFAULT_POLICY, set())
+    monkeypatch.setattr(control_module, "KEYS_PER_LIST", len(model.tokenize(first)) + 1)
+    plane = fit_control_plane(model, corpus, DEFAULT_POLICY, set(), lists=1)
     assert [(row["id"], row["license"], row["source"], row["content_hash"]) for row in plane.provenance] == [
         (document.id, document.license, document.source, document.content_hash) for document in (first, second)
     ]
     keys = np.concatenate([model.keys(model.tokenize(document)) for document in (first, second)])
-    np.testing.assert_array_equal(plane.centroids, ControlPlane.fit(keys, []).centroids)
-    np.testing.assert_array_equal(plane.ranges, ControlPlane.fit(keys, []).ranges)
+    np.testing.assert_array_equal(plane.centroids, ControlPlane.fit(keys, [], lists=1).centroids)
+    np.testing.assert_array_equal(plane.codes.fitted, ControlPlane.fit(keys, []).codes.fitted)
 
 
 def test_teachers_are_permissive_control_documents(corpus, control):
@@ -126,7 +127,7 @@ def test_code_is_a_function_of_the_key_alone(control, model, documents):
 def test_keys_on_a_border_fall_on_the_same_side():
     """A key that lies within rounding of the border between two lists is in the same list alone as in a batch."""
     # Many and wide enough that FAISS, given all at once, would multiply matrices.
-    plane = ControlPlane(10 + keys_like((1024, 192)), np.zeros(0, np.float32), [])
+    plane = ControlPlane(10 + keys_like((1024, 192)), Codes.fit("fp16", keys_like((1, 192))), [])
     centroids = plane.centroids.astype(np.float64)
     distances = ((centroids[:, None] - centroids) ** 2).sum(axis=2)
     np.fill_diagonal(distances, np.inf)
@@ -145,7 +146,7 @@ def test_nearest_centroid_is_the_list(control, model, documents):
 def test_codes_are_near_the_keys(control, model, documents):
     """An 8-bit code decodes to within half a step of each coordinate that lies in the fitted range."""
     keys = model.keys(model.tokenize(documents[2]))
-    low, width = control.ranges[: control.dimension], control.ranges[control.dimension :]
+    low, width = control.codes.fitted[: control.dimension], control.codes.fitted[control.dimension :]
     inside = (keys >= low) & (keys <= low + width)
     assert inside.mean() > 0.95
     error = np.abs(control.quantizer().decode(control.encode(keys)[1]) - keys)
@@ -157,7 +158,7 @@ def test_unfitted_plane_has_learnt_nothing(tmp_path):
     plane = ControlPlane.unfitted(8)
     keys = keys_like((50, 8))
     lists, codes = plane.encode(keys)
-    assert plane.codes == "fp16"
+    assert plane.codes.name == "fp16"
     assert list(plane.provenance) == []
     assert not plane.centroids.any()
     assert lists.tolist() == [0] * 50
@@ -173,7 +174,7 @@ def test_saved_plane_comes_back(tmp_path, control, documents, model):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["control.json", "centroids.npy", "ranges.npy", "provenance.jsonl"])
+@pytest.mark.parametrize("name", ["control.json", "centroids.npy", "codes.npy", "provenance.jsonl"])
 def test_any_flipped_byte_is_named(tmp_path, name):
     """A byte changed anywhere in any file of the control plane is an error that names the file."""
     expected = ControlPlane.fit(keys_like((300, 4)), [{"id": "x"}]).save(tmp_path)

@@ -21,13 +21,13 @@ def cloud(rng, count):
     return (centres[rng.integers(12, size=count)] + 0.2 * rng.normal(size=(count, DIMENSION))).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=["fitted", "unfitted"])
+@pytest.fixture(scope="module", params=["sq8", "pq8", "unfitted"])
 def plane(request):
-    """A control plane of 32 lists with 8-bit codes, or one list with half precision."""
+    """A control plane of 32 lists with 8-bit or product codes, or one list with half precision."""
     return (
-        ControlPlane.fit(cloud(np.random.default_rng(1), 4096), [])
-        if request.param == "fitted"
-        else (ControlPlane.unfitted(DIMENSION))
+        ControlPlane.unfitted(DIMENSION)
+        if request.param == "unfitted"
+        else ControlPlane.fit(cloud(np.random.default_rng(1), 4096), [], codes=request.param)
     )
 
 
