@@ -46,7 +46,7 @@ def render_pairs(value: dict[str, Any]) -> None:
 @click.option(
     "--codes", metavar="NAME", help="With --control: how keys are kept: sq8 (default), fp16, or pqM for M bytes."
 )
-@click.option("--lists", type=click.IntRange(1), help="With --control: inverted lists, at most (default 1024).")
+@click.option("--lists", type=click.IntRange(1), help="Inverted lists, at most (default 1024); needs --control.")
 @reports(render_pairs)
 def create(
     store: Path, model: Path, control: Path | None, policy: Path | None, codes: str | None, lists: int | None
@@ -66,8 +66,8 @@ def create(
     rules = load_policy(policy) if policy else DEFAULT_POLICY
     plane = None
     if control is not None:
-        seen, how = read_trained_on(model), {"codes": codes or CODES, "lists": lists or MAX_LISTS}
-        plane = fit_control_plane(lm, control, rules, seen, **how)
+        seen = read_trained_on(model)
+        plane = fit_control_plane(lm, control, rules, seen, codes=codes or CODES, lists=lists or MAX_LISTS)
     made = Store.create(store, lm, model / "tokenizer.json", plane)
     return {"store": str(store), "hash": made.hash, **describe(made.control)}
 

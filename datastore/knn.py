@@ -3,8 +3,10 @@
 Each group's inverted lists are mapped from disk. Those of several groups are read where they lie as the lists of one
 index that has as many times more: list ``l`` of group ``g`` is its list ``g · lists + l``, and a query that probes
 ``l`` probes it in every group. (FAISS's other way to stack lists, side by side, copies each that it reads; a search for
-each group and a merge fills a heap for each: 0.8 and 0.7 times as fast at four groups, measured.) Equal distances come in the order of (hash of the document's id, position), which does not depend on how documents are spread
-over shards and groups; so equal stores give equal neighbours.
+each group and a merge fills a heap for each: 0.8 and 0.7 times as fast at four groups, measured.)
+
+Equal distances come in the order of (hash of the document's id, position), which does not depend on how documents are
+spread over shards and groups; so equal stores give equal neighbours.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class NeighbourIndex:
         for each in self._lists:
             pointers.push_back(each)
         if self._lists:
-            self._stack = faiss.VStackInvertedLists(self._stacked, pointers.data())
+            self._stack = faiss.VStackInvertedLists(self._stacked, pointers.data())  # type: ignore[attr-defined]
             self._index.replace_invlists(self._stack, False)
 
     def search(self, keys: np.ndarray, k: int) -> Neighbours:

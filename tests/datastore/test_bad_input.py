@@ -160,6 +160,7 @@ def test_missing_and_wrong_paths_are_wrong_use(store, jsonl, model_dir, tmp_path
         (("create", good, "--model", model_dir), "input.jsonl is not empty"),
         (("create", tmp_path / "new", "--model", tmp_path / "other"), "other is not a model directory"),
         (("create", tmp_path / "new", "--model", model_dir, "--control", tmp_path / "absent"), "absent does not exist"),
+        (("create", tmp_path / "new", "--model", model_dir, "--codes", "sq8"), "fitted on text; give --control CORPUS"),
     ]:
         assert message in refused("datastore", *arguments, code=2), arguments
     assert bytes_of(store) == before

@@ -92,6 +92,33 @@ def test_each_list_has_enough_keys_to_be_fitted(keys, lists):
     assert len(ControlPlane.fit(keys_like((keys, 4)), []).centroids) == lists
 
 
+@pytest.mark.parametrize(
+    ("codes", "keys", "message"),
+    [
+        ("sq9", 300, "there are no codes 'sq9'; use sq8, fp16 or pqM"),
+        ("pq0", 300, "there are no codes 'pq0'"),
+        ("pq3", 300, "pq3 cuts a key into 3 equal runs, and 8 coordinates are no multiple of that"),
+        ("pq4", 255, "pq4 needs at least 256 keys to be fitted on, and there are 255"),
+    ],
+)
+def test_codes_that_cannot_be_are_wrong_use(codes, keys, message):
+    """Unknown codes, runs that do not fit the keys, and too few keys to fit on are told in one line."""
+    with pytest.raises(UsageError, match=message):
+        ControlPlane.fit(keys_like((keys, 8)), [], codes=codes)
+
+
+@pytest.mark.parametrize(("codes", "size"), [("sq8", 8), ("fp16", 16), ("pq4", 4)])
+def test_codes_come_back_from_disk(codes, size, tmp_path):
+    """Each kind of code has its size, and a plane read from disk codes keys to the same bytes."""
+    plane = ControlPlane.fit(keys_like((3000, 8)), [], codes=codes)
+    loaded = ControlPlane.load(tmp_path, plane.save(tmp_path))
+    keys = keys_like((100, 8), seed=1)
+    assert plane.encode(keys)[1].shape == (100, size)
+    assert loaded.encode(keys)[1].tobytes() == plane.encode(keys)[1].tobytes()
+    error = ((loaded.quantizer().decode(loaded.encode(keys)[1]) - keys) ** 2).mean()
+    assert error < 0.15
+
+
 def test_same_keys_give_the_same_bytes(tmp_path, bytes_of):
     """Two control planes fitted on equal keys are equal files with equal hashes; other keys give another hash."""
     hashes = {}
