@@ -259,7 +259,7 @@ def test_no_byte_of_the_small_files_is_uncovered(store, bytes_of):
 def one_of_each_kind(store):
     """One file of every kind, and the parts of a store that must not be opened when it is damaged."""
     group = next((store / "search").iterdir())
-    for name in ("control.json", "centroids.npy", "ranges.npy", "provenance.jsonl"):
+    for name in ("control.json", "centroids.npy", "codes.npy", "provenance.jsonl"):
         yield store / "control" / name, ("knn",)
     for path in sorted(path for path in group.rglob("*") if path.is_file()):
         yield path, ("knn", "ric")
