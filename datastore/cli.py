@@ -86,23 +86,18 @@ def add(store: Path, files: tuple[Path, ...], model: Path, skip_present: bool, k
     """
     from datastore.signing import load_key
     from datastore.store import Store
-    from silo.documents import read_documents
+    from silo.documents import DocumentFiles
     from silo.progress import progress_bar
 
     opened = Store.open(store)
-    documents = [document for file in files for document in read_documents(file)]
+    documents = DocumentFiles(files)
     signing = load_key(key) if key else None
     if skip_present:
-        documents = opened.absent(documents)
-        if not documents:
-            return {
-                "store": str(store),
-                "documents": 0,
-                "tokens": 0,
-                "shards": [],
-                "hash": opened.hash,
-                "receipt": None,
-            }
+        documents = DocumentFiles(files, passed_over=opened.present(documents))
+        if not any(True for _ in documents):
+            nothing = {"documents": 0, "tokens": 0, "shards": [], "hash": opened.hash, "receipt": None}
+            return {"store": str(store), **nothing}
+    opened.require_addable(documents)
     from silo.language_model import LanguageModel  # takes seconds; bad input is refused before
 
     with progress_bar("add") as progress:

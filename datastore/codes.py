@@ -69,6 +69,11 @@ class Codes:
             )
         return faiss.ProductQuantizer(self.dimension, int(matched[1]), _BITS)
 
+    @property
+    def size(self) -> int:
+        """Bytes a key."""
+        return int(self._bare().code_size)
+
     def quantizer(self) -> faiss.ScalarQuantizer | faiss.ProductQuantizer:
         """The codec: ``compute_codes`` from (n, dimension) float32 to (n, bytes) uint8, and ``decode`` back."""
         quantizer: Any = self._bare()

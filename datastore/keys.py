@@ -17,15 +17,18 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
 
 from datastore.shard import DocumentRow, Shard
-from silo.files import sha256, write_array
+from silo.files import sha256, write_array, write_rows
 
 FILES = ("lists.bin", "sizes.npy", "tokens.npy", "begins.npy", "ids.npy")
+GATHERED_BYTES = 1 << 28
+"""Codes that are in memory at a time while lists are written."""
+_ROW_BYTES = 8
 _ALIGNED = 8
 """Row numbers begin at multiples of so many bytes; lists are padded to such a number of keys."""
 
@@ -37,26 +40,55 @@ def id_hash(document_id: str) -> int:
 
 def write_keys(directory: Path, shards: Sequence[Shard], *, lists: int, first_row: int) -> None:
     """Write the keys of some shards, in order, into a directory that has none."""
-    documents = [encoded for shard in shards for encoded in shard.documents()]
-    lengths = [len(encoded.tokens) for encoded in documents]
-    write_array(directory / "tokens.npy", np.concatenate([shard.tokens for shard in shards]))
+    documents = [row for shard in shards for row in shard.rows]
+    lengths = [row.end - row.begin for row in documents]
+    write_rows(directory / "tokens.npy", (shard.tokens for shard in shards), count=sum(lengths))
     write_array(directory / "begins.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    write_array(
-        directory / "ids.npy", np.asarray([id_hash(encoded.document.id) for encoded in documents], dtype=np.uint64)
-    )
+    write_array(directory / "ids.npy", np.asarray([id_hash(row.id) for row in documents], dtype=np.uint64))
     numbers = np.concatenate([shard.lists for shard in shards])
-    codes = np.concatenate([shard.codes for shard in shards])
     order = np.argsort(numbers, kind="stable").astype(np.int64)
-    bounds = np.searchsorted(numbers[order], np.arange(lists + 1))
-    write_array(directory / "sizes.npy", np.diff(bounds).astype(np.int64))
+    sizes = np.bincount(numbers, minlength=lists).astype(np.int64)
+    write_array(directory / "sizes.npy", sizes)
     with open(directory / "lists.bin", "wb") as file:
-        for begin, end in itertools.pairwise(bounds):
-            rows = order[begin:end]
-            padding = _capacity(len(rows)) - len(rows)
-            file.write(codes[rows].tobytes() + bytes(padding * codes.shape[1]))
-            file.write((first_row + rows).tobytes() + bytes(padding * 8))
+        _write_lists(file, shards, order, sizes, first_row)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, sizes: np.ndarray, first_row: int) -> None:
+    """Write each list's codes and row numbers, where rows come in the ``order`` of their lists.
+
+    Codes are gathered so many rows at a time, each shard read in its own order.
+    """
+    width = shards[0].codes.shape[1]
+    capacity = np.asarray(_capacity(sizes))
+    ends = np.cumsum(sizes)
+    begins, places = ends - sizes, np.concatenate([[0], np.cumsum(capacity * (width + _ROW_BYTES))])
+    file.truncate(int(places[-1]))
+    at_once = max(1, GATHERED_BYTES // width)
+    for start in range(0, len(order), at_once):
+        rows = order[start : start + at_once]
+        codes, stop = _gather(shards, rows), start + len(rows)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        for number in range(int(first), int(last) + 1):
+            low, high = max(start, int(begins[number])), min(stop, int(ends[number]))
+            of, into = slice(low - start, high - start), low - int(begins[number])
+            file.seek(int(places[number]) + into * width)
+            file.write(codes[of].data)
+            file.seek(int(places[number]) + int(capacity[number]) * width + into * _ROW_BYTES)
+            file.write((first_row + rows[of]).data)
+
+
+def _gather(shards: Sequence[Shard], rows: np.ndarray) -> np.ndarray:
+    """The codes (n, bytes) of some of the shards' rows (n,), numbered through."""
+    starts = np.cumsum([0, *(len(shard.codes) for shard in shards)])
+    ascending = np.argsort(rows)
+    cuts = np.searchsorted(rows[ascending], starts)
+    codes = np.empty((len(rows), shards[0].codes.shape[1]), dtype=np.uint8)
+    for shard, start, (begin, end) in zip(shards, starts, itertools.pairwise(cuts), strict=False):
+        places = ascending[begin:end]
+        codes[places] = shard.codes[rows[places] - start]
+    return codes
 
 
 def _capacity(size: int | np.ndarray) -> int | np.ndarray:
@@ -90,7 +122,7 @@ class KeyGroup:
         found.filename = str(self._directory / "lists.bin")
         found.prefetch_nthread = 0  # FAISS would start 32 threads a search to touch pages: 1.4 times as slow, measured
         capacity = np.asarray(_capacity(self._sizes), dtype=np.uint64)
-        ends = np.cumsum(capacity * np.uint64(code_size + 8))
+        ends = np.cumsum(capacity * np.uint64(code_size + _ROW_BYTES))
         found.totsize = int(ends[-1])
         found.lists.resize(len(self._sizes))
         # OnDiskOneList is three size_t: size, capacity, offset. Set all at once: there are thousands in each group.

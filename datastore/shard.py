@@ -17,14 +17,14 @@ import bisect
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from silo.documents import Document
-from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
+from silo.files import canonical_json, map_array, read_checked, write_file, write_rows
 from silo.retrieval import SourceDocument
 
 ARRAYS = ("tokens", "lists", "codes")
@@ -48,6 +48,12 @@ class DocumentRow:
         return SourceDocument(self.id, self.owner, self.license, self.source, self.title)
 
 
+def describe(document: Document, length: int) -> DocumentRow:
+    """The row of a document of so many tokens that stands at the beginning."""
+    row = (document.id, document.owner, document.license, document.source, document.title, document.content_hash)
+    return DocumentRow(*row, 0, length)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A document as a shard holds it."""
@@ -60,17 +66,7 @@ class Encoded:
     @classmethod
     def make(cls, document: Document, tokens: np.ndarray, lists: np.ndarray, codes: np.ndarray) -> Encoded:
         """Put a document and its arrays together."""
-        row = DocumentRow(
-            document.id,
-            document.owner,
-            document.license,
-            document.source,
-            document.title,
-            document.content_hash,
-            0,
-            len(tokens),
-        )
-        return cls(row, tokens, lists, codes)
+        return cls(describe(document, len(tokens)), tokens, lists, codes)
 
     def text(self, tokenizer: Tokenizer) -> str:
         """Its text, decoded."""
@@ -79,7 +75,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard read into memory."""
+    """A shard, mapped from disk."""
 
     rows: list[DocumentRow]
     tokens: np.ndarray
@@ -93,56 +89,54 @@ class Shard:
             for row in self.rows
         ]
 
-    def without(self, ids: set[str]) -> Shard:
-        """The shard that never held some documents."""
-        return Shard.build(each for each in self.documents() if each.document.id not in ids)
-
-    @classmethod
-    def build(cls, documents: Iterable[Encoded]) -> Shard:
-        """Lay documents end to end in the order of their ids, so that the order of adding leaves no trace."""
-        ordered = sorted(documents, key=lambda encoded: encoded.document.id)
-        rows, at = [], 0
-        for encoded in ordered:
-            length = len(encoded.tokens)
-            rows.append(DocumentRow(**{**asdict(encoded.document), "begin": at, "end": at + length}))
-            at += length
-        return cls(
-            rows,
-            np.concatenate([encoded.tokens for encoded in ordered]),
-            np.concatenate([encoded.lists for encoded in ordered]),
-            np.concatenate([encoded.codes for encoded in ordered]),
-        )
-
-    def write(self, directory: Path, *, context: dict[str, str]) -> str:
-        """Write the files into an empty directory and return the shard's hash, which is that of ``shard.json``.
-
-        ``context`` says which model and control plane made the keys.
-        """
-        rows = b"".join(canonical_json(asdict(row)) for row in self.rows)
-        write_file(directory / "documents.jsonl", rows)
-        files = {"documents.jsonl": sha256(rows)}
-        for name in ARRAYS:
-            files[f"{name}.npy"] = write_array(directory / f"{name}.npy", getattr(self, name))
-        manifest = {
-            "documents": len(self.rows),
-            "tokens": len(self.tokens),
-            "licenses": sorted({row.license for row in self.rows}),
-            "sources": sorted({row.source for row in self.rows}),
-            "files": files,
-        }
-        data = canonical_json({**manifest, "owner": self.rows[0].owner, **context})
-        write_file(directory / "shard.json", data)
-        return sha256(data)
-
     @classmethod
     def read(cls, directory: Path, expected_hash: str) -> Shard:
-        """Read a shard, every byte checked. Raises :class:`silo.errors.IntegrityError` naming the damaged file."""
+        """Map a shard, every byte checked. Raises :class:`silo.errors.IntegrityError` naming the damaged file."""
         manifest = read_manifest(directory, expected_hash)
         files = manifest["files"]
         return cls(
             read_rows(directory, manifest),
-            *(read_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in ARRAYS),
+            *(map_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in ARRAYS),
         )
+
+
+def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[str, str]) -> tuple[str, Shard]:
+    """Write some documents of one owner into an empty directory, end to end in the order of their ids, so that the
+    order of adding leaves no trace.
+
+    What is written is read document by document, so that a shard may be larger than memory.
+
+    Args:
+        directory: an empty one.
+        documents: at least one.
+        context: says which model and control plane made the keys.
+
+    Returns:
+        The shard's hash, which is that of ``shard.json``, and the shard.
+    """
+    ordered = sorted(documents, key=lambda encoded: encoded.document.id)
+    ends = list(itertools.accumulate(len(encoded.tokens) for encoded in ordered))
+    rows = [
+        replace(encoded.document, begin=end - len(encoded.tokens), end=end)
+        for encoded, end in zip(ordered, ends, strict=True)
+    ]
+    files = {"documents.jsonl": write_file(directory / "documents.jsonl", b"".join(map(_line, rows)))}
+    for name in ARRAYS:
+        parts = (getattr(encoded, name) for encoded in ordered)
+        files[f"{name}.npy"] = write_rows(directory / f"{name}.npy", parts, count=ends[-1])
+    manifest = {
+        "documents": len(rows),
+        "tokens": ends[-1],
+        "licenses": sorted({row.license for row in rows}),
+        "sources": sorted({row.source for row in rows}),
+        "files": files,
+    }
+    digest = write_file(directory / "shard.json", canonical_json({**manifest, "owner": rows[0].owner, **context}))
+    return digest, Shard(rows, *(np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
+
+
+def _line(row: DocumentRow) -> bytes:
+    return canonical_json(asdict(row))
 
 
 class DocumentRows:

@@ -7,7 +7,7 @@ was removed meanwhile is missed with an error that says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -122,15 +122,14 @@ class Snapshot:
                 self._mapped[group.directory] = KeyGroup(directory / "keys", first_row=group.first_row, document=rows)
         return [self._mapped[group.directory] for group in self.manifest.groups]
 
-    def absent(self, documents: Sequence[Document]) -> list[Document]:
-        """Those that the store does not have. Raises :class:`DataError` where it has another text under the same id."""
-        present = self._locate([document.id for document in documents])
-        for document in documents:
-            if document.id in present and present[document.id][1].content_hash != document.content_hash:
-                raise DataError(
-                    f"document {document.id!r} is in the store with another text; remove it first, or give a new id"
-                )
-        return [document for document in documents if document.id not in present]
+    def present(self, documents: Iterable[Document]) -> set[str]:
+        """The ids of those that the store has. Raises :class:`DataError` where it has another text under an id."""
+        hashes = {document.id: document.content_hash for document in documents}
+        found = self._locate(list(hashes))
+        for id, (_, row) in found.items():
+            if row.content_hash != hashes[id]:
+                raise DataError(f"document {id!r} is in the store with another text; remove it first, or give a new id")
+        return set(found)
 
     def _locate(self, ids: Sequence[str]) -> dict[str, tuple[str, DocumentRow]]:
         """The shard and the row of each document that is in the store; no other shard than its own is read."""

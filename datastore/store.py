@@ -6,6 +6,7 @@
     shards/          what is canonical: one directory a shard, named by its content
     search/          what is derived: inverted lists and a Lucene index over a group of shards
     receipts/, log.jsonl   what was added and removed, by id and hash
+    spool/           what an unfinished add has encoded: no part of the store
 
 Every directory under ``shards`` and ``search`` is written once, whole, under a name that holds the hash of its content.
 A change writes new directories, then replaces ``store.json``, then deletes what it no longer names; a process killed
@@ -20,7 +21,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from datastore import history
+from datastore import spool as spooled
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
 from datastore.groups import build_group, first_free_row, regroup
@@ -35,8 +37,9 @@ from datastore.history import Receipt
 from datastore.integrity import refuse_strays, verify_directory
 from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
 from datastore.selection import Selection
-from datastore.shard import DocumentRow, Encoded, Shard
+from datastore.shard import DocumentRow, Encoded, Shard, write_shard
 from datastore.snapshot import Snapshot
+from datastore.spool import Spool
 from silo.documents import Document
 from silo.errors import DataError, StoreError, UsageError
 from silo.files import (
@@ -54,7 +57,8 @@ if TYPE_CHECKING:
 
     from silo.language_model import LanguageModel
 
-PARTS = {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl", ".lock"}
+SPOOL = "spool"
+PARTS = {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl", ".lock", SPOOL}
 """All that a store's directory may hold."""
 
 Progress = Callable[[int, int], None]
@@ -99,7 +103,7 @@ class Store(Snapshot):
 
     def add(
         self,
-        documents: Sequence[Document],
+        documents: Iterable[Document],
         model: LanguageModel,
         *,
         progress: Progress | None = None,
@@ -107,22 +111,32 @@ class Store(Snapshot):
     ) -> Receipt:
         """Encode documents and add each to its owner's shard; all are added, or none.
 
+        What is encoded goes to a spool on disk, so that neither all documents nor all keys need fit in memory. If the
+        process dies, the same call goes on where it stopped, as long as the store was not changed meanwhile.
+
+        Args:
+            documents: gone through twice, so no iterator.
+            model: that of the store.
+            progress: called after each document.
+            key: signs the receipt.
+
         Raises:
             UsageError: there are no documents.
             StoreError: the store is of another model, or another process is writing.
             DataError: a document is in the store already, comes twice, or has neither owner nor source.
         """
-        if not documents:
-            raise UsageError("nothing to add; give at least one document")
+        if iter(documents) is documents:
+            raise UsageError("documents are read twice, first to check them; give a sequence, not an iterator")
         self.require_model(model)
         with self._writing():
-            self._require_addable(documents)
-            encoded = []
+            ids = self.require_addable(documents)
+            code_bytes = self.control.codes.size
+            spool = Spool(self._spool, self._state(), token_type=token_type(model.vocab_size), code_bytes=code_bytes)
             for done, document in enumerate(documents, start=1):
-                encoded.append(self.encode(document, model))
+                spool.add(document, lambda each: self.encode(each, model))
                 if progress:
-                    progress(done, len(documents))
-            return self._insert(encoded, key)
+                    progress(done, len(ids))
+            return self._insert(spool.encoded(ids), key)
 
     def insert(self, encoded: Sequence[Encoded], *, key: Ed25519PrivateKey | None = None) -> Receipt:
         """Add documents that :meth:`encode` made, here or in another store of the same model and control plane.
@@ -131,43 +145,49 @@ class Store(Snapshot):
             UsageError: there are none.
             DataError: as :meth:`add` raises it.
         """
-        if not encoded:
-            raise UsageError("nothing to add; give at least one document")
         with self._writing():
-            self._require_addable([each.document for each in encoded])
+            self.require_addable([each.document for each in encoded])
             return self._insert(encoded, key)
 
     def _insert(self, encoded: Sequence[Encoded], key: Ed25519PrivateKey | None) -> Receipt:
-        added: dict[str, list[Encoded]] = {}
+        changed: dict[str, list[Encoded] | None] = {}
+        rows = []
         for each in encoded:
-            added.setdefault(shard_name(each.document), []).append(each)
-        changed: dict[str, Shard | None] = {
-            name: Shard.build(new + (self.shard(name).documents() if name in self.manifest.shards else []))
-            for name, new in added.items()
-        }
-        rows = [(name, each.document) for name, of_shard in added.items() for each in of_shard]
+            name = shard_name(each.document)
+            if name not in changed:
+                changed[name] = self.shard(name).documents() if name in self.manifest.shards else []
+            changed[name].append(each)  # type: ignore[union-attr]
+            rows.append((name, each.document))
         return self._commit(changed, "add", rows, request={}, reason="", key=key)
 
-    def _require_addable(self, documents: Sequence[Document | DocumentRow]) -> None:
-        present = self._locate([document.id for document in documents])
-        new: set[str] = set()
+    def require_addable(self, documents: Iterable[Document | DocumentRow]) -> list[str]:
+        """The documents' ids, none of which the store has.
+
+        Raises:
+            UsageError: there are none.
+            DataError: a document is in the store already, comes twice, or has neither owner nor source.
+        """
+        shards: dict[str, str] = {}
         for document in documents:
-            if document.id in present:
-                raise DataError(
-                    f"document {document.id!r} is in shard {present[document.id][0]!r} already; remove it first, or "
-                    "add with --skip-present"
-                )
-            if document.id in new:
+            if document.id in shards:
                 raise DataError(f"document {document.id!r} comes twice; ids are unique, also between files")
             if not shard_name(document):
                 raise DataError(f"document {document.id!r} has neither owner nor source; name who may remove it")
-            new.add(document.id)
+            shards[document.id] = shard_name(document)
+        if not shards:
+            raise UsageError("nothing to add; give at least one document")
+        for id, (shard, _) in self._locate(list(shards)).items():
+            raise DataError(
+                f"document {id!r} is in shard {shard!r} already; remove it first, or add with --skip-present"
+            )
+        return list(shards)
 
     def encode(self, document: Document, model: LanguageModel) -> Encoded:
         """A document as a shard holds it."""
         tokens = model.tokenize(document)
-        narrow = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
-        return Encoded.make(document, tokens.astype(narrow), *self.control.encode(model.keys(tokens)))
+        parts = [self.control.encode(keys) for keys in model.key_batches(tokens)]
+        lists, codes = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Encoded.make(document, tokens.astype(token_type(model.vocab_size)), lists, codes)
 
     def remove(
         self,
@@ -199,15 +219,26 @@ class Store(Snapshot):
                 also = tuple(str(row["id"]) for row in alike)
                 going += self._locate(also).values()
             ids = {row.id for _, row in going}
-            changed: dict[str, Shard | None] = {}
+            changed: dict[str, list[Encoded] | None] = {}
             leaving = Counter(name for name, _ in going)
             for name in sorted(leaving):
                 whole = leaving[name] == self.manifest.shards[name].documents
-                changed[name] = None if whole else self.shard(name).without(ids)
+                staying = (
+                    [] if whole else [each for each in self.shard(name).documents() if each.document.id not in ids]
+                )
+                changed[name] = staying or None
             told = {"near_duplicates": alike} if duplicates != "ignore" else {}
             return self._commit(
                 changed, "remove", going, request=selection.request(), reason=reason, told=told, key=key
             )
+
+    @property
+    def _spool(self) -> Path:
+        return self.path / SPOOL
+
+    def _state(self) -> dict[str, Any]:
+        """What a spool must have been begun for to be of use."""
+        return {"format": FORMAT, "sequence": self.manifest.sequence, "store": self.hash}
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -239,7 +270,7 @@ class Store(Snapshot):
 
     def _commit(
         self,
-        changed: dict[str, Shard | None],
+        changed: dict[str, list[Encoded] | None],
         operation: str,
         documents: list[tuple[str, DocumentRow]],
         *,
@@ -250,17 +281,18 @@ class Store(Snapshot):
     ) -> Receipt:
         """Write new shards (None: gone) and the groups that they touch, then switch to them and delete the old."""
         entries = dict(self.manifest.shards)
-        for name, shard in changed.items():
+        written: dict[str, Shard] = {}
+        for name, of_shard in changed.items():
             entries.pop(name, None)
-            if shard is not None:
-                entries[name] = self._write_shard(name, shard)
+            if of_shard is not None:
+                entries[name], written[name] = self._write_shard(name, of_shard)
         untouched = {
             tuple(group.shards): group for group in self.manifest.groups if not changed.keys() & set(group.shards)
         }
         groups: list[Group] = []
         for names in regroup(self.manifest.groups, entries, set(changed)):
             known = untouched.pop(tuple(names), None)
-            groups.append(known or self._write_group(names, entries, [*untouched.values(), *groups], changed))
+            groups.append(known or self._write_group(names, entries, [*untouched.values(), *groups], written))
         manifest = replace(self.manifest, shards=entries, groups=groups, sequence=self.manifest.sequence + 1)
         receipt = Receipt.write(
             self.path / "receipts",
@@ -285,21 +317,20 @@ class Store(Snapshot):
         self._collect()
         return receipt
 
-    def _write_shard(self, name: str, shard: Shard) -> ShardEntry:
+    def _write_shard(self, name: str, documents: Iterable[Encoded]) -> tuple[ShardEntry, Shard]:
+        context = {"model": self.manifest.model["fingerprint"], "control": self.manifest.control}
         with self._staging("shards") as directory:
-            digest = shard.write(
-                directory, context={"model": self.manifest.model["fingerprint"], "control": self.manifest.control}
-            )
+            digest, shard = write_shard(directory, documents, context=context)
             final = f"{slug(name)}-{digest[:16]}"
             self._publish(directory, self.path / "shards" / final)
-        return ShardEntry(final, digest, len(shard.tokens), len(shard.rows))
+        return ShardEntry(final, digest, len(shard.tokens), len(shard.rows)), shard
 
     def _write_group(
         self,
         names: list[str],
         entries: dict[str, ShardEntry],
         beside: Sequence[Group],
-        at_hand: Mapping[str, Shard | None],
+        at_hand: Mapping[str, Shard],
     ) -> Group:
         """Build the search structure of some shards; those at hand need not be read again."""
         shards = [entries[name] for name in names]
@@ -328,7 +359,10 @@ class Store(Snapshot):
         sync_directory(final.parent)
 
     def _collect(self) -> list[str]:
-        """Delete what the manifest does not name, and log a change that was committed but not logged."""
+        """Delete what the manifest does not name, and log a change that was committed but not logged.
+
+        What an unfinished add has encoded for the store as it is now stays, for the add to go on.
+        """
         live = {
             "shards": {entry.directory for entry in self.manifest.shards.values()},
             "search": {group.directory for group in self.manifest.groups},
@@ -339,6 +373,9 @@ class Store(Snapshot):
                 orphan = self.path / kind / name
                 remove_tree(orphan) if orphan.is_dir() and not orphan.is_symlink() else orphan.unlink()
                 collected.append(f"{kind}/{name}")
+        if self._spool.exists() and not spooled.is_of(self._spool, self._state()):
+            remove_tree(self._spool)
+            collected.append(SPOOL)
         history.discard_uncommitted(self.path / "receipts", self.manifest.sequence)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
@@ -379,7 +416,13 @@ class Store(Snapshot):
             "signers": sorted({each for each in signers if each is not None}),
             "control": describe(self.control),
             "collected": collected,
+            "unfinished_add": spooled.count(self._spool),
         }
+
+
+def token_type(vocab_size: int) -> type:
+    """The narrowest type for the tokens of a vocabulary."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def shard_name(document: Document | DocumentRow) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,20 @@ def read_documents(path: Path) -> Iterator[Document]:
             yield document
     if not seen:
         raise DataError(f"{path} holds no document; expected JSON Lines with at least one")
+
+
+@dataclass(frozen=True)
+class DocumentFiles:
+    """The documents of some JSON Lines files, which can be gone through again and again without being held."""
+
+    paths: Sequence[Path]
+    passed_over: Container[str] = ()
+    """Ids of documents that are left out."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """Read the files anew. Raises what :func:`read_documents` raises."""
+        documents = (document for path in self.paths for document in read_documents(path))
+        return (document for document in documents if document.id not in self.passed_over)
 
 
 def parse_document(line: bytes, *, where: str) -> Document:

@@ -10,10 +10,11 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,22 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> str:
     """Write a file so that a reader sees the old bytes or all of the new ones, also after a power cut.
 
     The bytes go to a temporary neighbour, are synced, and take the name by one rename. On failure the neighbour is
-    removed and the old file stands.
+    removed and the old file stands. Returns the SHA-256 of the bytes.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    return _write_parts(path, [data])
+
+
+def _write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    temporary, digest = path.with_name(f".{path.name}.tmp"), hashlib.sha256()
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
+                digest.update(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -55,6 +62,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,11 +72,35 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> str:
     """Write an array as ``.npy``, which carries its shape and type, and return the file's SHA-256."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    data = buffer.getbuffer()
-    write_file(path, data)
-    return sha256(data)
+    return write_rows(path, [array], count=len(array))
+
+
+def write_rows(path: Path, parts: Iterable[np.ndarray], *, count: int) -> str:
+    """Write arrays that follow each other as one ``.npy``, of which only one at a time is in memory.
+
+    Args:
+        path: where.
+        parts: at least one; all of one type, and of one shape but for their lengths.
+        count: the sum of their lengths.
+
+    Returns:
+        The file's SHA-256.
+    """
+    return _write_parts(path, _npy(iter(parts), count))
+
+
+def _npy(parts: Iterator[np.ndarray], count: int) -> Iterator[bytes | memoryview]:
+    first = next(parts)
+    header = io.BytesIO()
+    shape = {
+        "shape": (count, *first.shape[1:]),
+        "fortran_order": False,
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+    }
+    np.lib.format.write_array_header_1_0(header, shape)
+    yield header.getvalue()
+    for part in itertools.chain([first], parts):
+        yield np.ascontiguousarray(part).view(np.uint8).data
 
 
 def read_checked(path: Path, expected: str) -> bytes:
@@ -88,6 +120,16 @@ def read_checked(path: Path, expected: str) -> bytes:
 def read_array(path: Path, expected: str) -> np.ndarray:
     """Read an ``.npy`` array whose SHA-256 is known. Raises :class:`IntegrityError` as :func:`read_checked` does."""
     return np.load(io.BytesIO(read_checked(path, expected)), allow_pickle=False)
+
+
+def map_array(path: Path, expected: str) -> np.ndarray:
+    """Map an ``.npy`` array whose SHA-256 is known, read through once for it. Raises :class:`IntegrityError`."""
+    try:
+        found = sha256_file(path)
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is missing; restore it from a backup or rebuild what holds it") from None
+    check_digest(path, found, expected)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def check_digest(path: Path, found: str, expected: str) -> None:

@@ -105,11 +105,15 @@ class LanguageModel:
         """The inputs that predict ``tokens``: the start token, then all but the last. (n,) int64."""
         return torch.from_numpy(np.concatenate(([self.start_token], tokens[:-1])).astype(np.int64))
 
-    @torch.inference_mode()
     def keys(self, tokens: np.ndarray) -> np.ndarray:
         """The key of every position of a document, (n, dimension) float32."""
-        parts = [keys for keys, _ in self._run(tokens, logits=False)]
-        return np.concatenate(parts)
+        return np.concatenate(list(self.key_batches(tokens)))
+
+    @torch.inference_mode()
+    def key_batches(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """The same, some positions at a time."""
+        for keys, _ in self._run(tokens, logits=False):
+            yield keys
 
     @torch.inference_mode()
     def score(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:

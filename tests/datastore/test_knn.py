@@ -8,7 +8,7 @@ import pytest
 from datastore.control import ControlPlane
 from datastore.keys import KeyGroup, id_hash, write_keys
 from datastore.knn import NeighbourIndex
-from datastore.shard import Encoded, Shard
+from datastore.shard import Encoded, write_shard
 from silo.documents import Document
 
 DIMENSION = 16
@@ -50,8 +50,12 @@ def encoded(plane):
 def index_of(plane, tmp_path_factory):
     """A function that makes an index of some shards, each a group of its own or so many to a group."""
 
-    def make(shards, plane=plane, *, to_a_group=1, probes=16):
+    def make(documents_of_shards, plane=plane, *, to_a_group=1, probes=16):
         root, groups, first_row = tmp_path_factory.mktemp("groups"), [], 0
+        shards = []
+        for number, documents in enumerate(documents_of_shards):
+            (root / f"shard-{number}").mkdir()
+            shards.append(write_shard(root / f"shard-{number}", documents, context={})[1])
         for at in range(0, len(shards), to_a_group):
             members = shards[at : at + to_a_group]
             (root / str(at)).mkdir()
@@ -65,11 +69,11 @@ def index_of(plane, tmp_path_factory):
 
 
 def shards_of(documents, *, by):
-    """Documents as shards, spread by a function of the document's number."""
+    """The documents of each shard, spread by a function of the document's number."""
     spread = {}
     for number, document in enumerate(documents):
         spread.setdefault(by(number), []).append(document)
-    return [Shard.build(members) for members in spread.values()]
+    return list(spread.values())
 
 
 def queries_of(encoded, plane, count=60):
@@ -141,7 +145,7 @@ def test_ties_come_by_document_and_position(index_of, encoded, plane, k):
 def test_shards_and_order_of_adding_leave_no_trace(index_of, encoded, plane):
     """One shard, seven or forty, filled in any order and listed in any order, give the same bits."""
     queries = queries_of(encoded, plane)
-    expected = index_of([Shard.build(encoded)]).search(queries, 40)
+    expected = index_of([encoded]).search(queries, 40)
     shuffled = random.Random(0).sample(encoded, len(encoded))
     for by in (lambda n: 0, lambda n: n % 7, lambda n: n):
         for documents in (encoded, shuffled):
@@ -198,7 +202,7 @@ def test_value_is_the_token_that_followed(make_store, model, documents):
 def test_fewer_keys_than_asked_for(index_of, encoded, plane, present):
     """What is missing has infinite distance, document -1 and value 0, after what was found."""
     documents = [Encoded.make(Document(id="x", text="x", owner="o"), *(a[:present] for a in arrays(encoded[0])))]
-    shards = [Shard.build(documents)] if present else []
+    shards = [documents] if present else []
     index = index_of(shards, plane, probes=1024)
     found = index.search(queries_of(encoded, plane), 16)
     assert index.num_keys == present
@@ -232,7 +236,7 @@ def test_more_probes_lose_nothing(index_of):
     queries = cloud(rng, 50)
     last = np.full(50, np.inf)
     for probes in (1, 2, 4, 8, 16, 32):
-        found = index_of([Shard.build(documents)], plane, probes=probes).search(queries, 10).squared_l2[:, -1]
+        found = index_of([documents], plane, probes=probes).search(queries, 10).squared_l2[:, -1]
         assert (found <= last).all()
         last = found
     expected = [rows[-1][0] for rows in brute_force(documents, plane, queries, 10)]

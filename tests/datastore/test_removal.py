@@ -115,7 +115,7 @@ def test_what_is_there_already_is_passed_over_when_asked(make_store, distinct, m
     assert said("add", store.path, file, "--model", model_dir, "--skip-present")["documents"] == 0
     assert Store.open(store.path).hash == before == make_store("fresh", distinct[:6]).hash
     with pytest.raises(DataError, match="'Ada/0' is in the store with another text"):
-        Store.open(store.path).absent([replace(distinct[0], text="another")])
+        Store.open(store.path).present([replace(distinct[0], text="another")])
 
 
 # --- near-duplicates --------------------------------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""What an unfinished add has encoded so far: the work of hours survives a kill, and need not fit in memory.
+
+    of.json       which store, in which state, the documents were encoded for
+    rows.jsonl    one row a document, written after its arrays, with their checksum
+    tokens.bin, lists.bin, codes.bin   the arrays of all documents end to end, as :mod:`datastore.shard` has them
+
+A spool lies in the store's directory and is no part of the store. It lasts until the next change is committed,
+whichever that is: a removal takes an unfinished add's text with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datastore.shard import ARRAYS, DocumentRow, Encoded, describe
+from silo.documents import Document
+from silo.files import canonical_json, remove_tree, write_file
+
+OF = "of.json"
+ROWS = "rows.jsonl"
+
+
+def is_of(directory: Path, context: dict[str, Any]) -> bool:
+    """Whether a spool is there, and was begun for this very state of a store."""
+    try:
+        return (directory / OF).read_bytes() == canonical_json(context)
+    except FileNotFoundError:
+        return False
+
+
+def count(directory: Path) -> int:
+    """How many documents a spool holds; 0 if there is none."""
+    rows = directory / ROWS
+    return len(rows.read_bytes().splitlines()) if rows.is_file() else 0
+
+
+class Spool:
+    """Documents in the order in which they were encoded."""
+
+    def __init__(self, directory: Path, context: dict[str, Any], *, token_type: type, code_bytes: int) -> None:
+        """Open a spool, or begin one if there is none of this context.
+
+        Args:
+            directory: the spool's own.
+            context: the state of the store.
+            token_type: numpy's type of a token.
+            code_bytes: width of a code.
+        """
+        self._directory = directory
+        self._shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "tokens": (np.dtype(token_type), ()),
+            "lists": (np.dtype(np.int32), ()),
+            "codes": (np.dtype(np.uint8), (code_bytes,)),
+        }
+        if not is_of(directory, context):
+            remove_tree(directory)
+            directory.mkdir()
+            write_file(directory / OF, canonical_json(context))
+        self._rows = self._recover()
+        self._numbers = {row.id: number for number, row in enumerate(self._rows)}
+
+    def _path(self, name: str) -> Path:
+        return self._directory / (ROWS if name == "rows" else f"{name}.bin")
+
+    def _recover(self) -> list[DocumentRow]:
+        """The documents that were written whole; what follows the last of them is cut off."""
+        for name in ("rows", *ARRAYS):
+            self._path(name).touch()
+        rows: list[DocumentRow] = []
+        kept = 0
+        for line in self._path("rows").read_bytes().splitlines(keepends=True):
+            row = self._whole(line, rows[-1].end if rows else 0)
+            if row is None:
+                break
+            rows.append(row)
+            kept += len(line)
+        self._cut("rows", kept)
+        for name, (kind, shape) in self._shapes.items():
+            self._cut(name, (rows[-1].end if rows else 0) * kind.itemsize * int(np.prod(shape, dtype=int)))
+        return rows
+
+    def _whole(self, line: bytes, begin: int) -> DocumentRow | None:
+        """The row of a line, if the line is whole and the arrays are what it says."""
+        try:
+            fields = json.loads(line)
+            digest = fields.pop("sha256")
+            row = DocumentRow(**fields)
+            whole = line.endswith(b"\n") and row.begin == begin and self._digest(self._read(row)) == digest
+        except (ValueError, KeyError, TypeError):
+            return None
+        return row if whole else None
+
+    def _cut(self, name: str, size: int) -> None:
+        with open(self._path(name), "r+b") as file:
+            file.truncate(size)
+
+    @staticmethod
+    def _digest(encoded: Encoded) -> str:
+        digest = hashlib.sha256()
+        for name in ARRAYS:
+            digest.update(np.ascontiguousarray(getattr(encoded, name)).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def _read(self, row: DocumentRow) -> Encoded:
+        """A document's arrays, mapped. Raises ValueError if a file is too short."""
+        arrays = []
+        for name, (kind, shape) in self._shapes.items():
+            offset = row.begin * kind.itemsize * int(np.prod(shape, dtype=int))
+            arrays.append(
+                np.memmap(self._path(name), dtype=kind, mode="r", offset=offset, shape=(row.end - row.begin, *shape))
+            )
+        return Encoded(row, *arrays)
+
+    def add(self, document: Document, encode: Callable[[Document], Encoded]) -> None:
+        """Encode a document, unless the spool has it already."""
+        number = self._numbers.get(document.id)
+        if number is not None and describe(document, 0) == replace(self._rows[number], begin=0, end=0):
+            return
+        encoded = encode(document)
+        begin = self._rows[-1].end if self._rows else 0
+        row = replace(encoded.document, begin=begin, end=begin + len(encoded.tokens))
+        for name in ARRAYS:
+            array = np.ascontiguousarray(getattr(encoded, name))
+            self._append(name, array.view(np.uint8).data)
+        self._append("rows", canonical_json({**asdict(row), "sha256": self._digest(encoded)}))
+        self._numbers[row.id] = len(self._rows)
+        self._rows.append(row)
+
+    def _append(self, name: str, data: bytes | memoryview) -> None:
+        with open(self._path(name), "ab") as file:
+            file.write(data)
+
+    def encoded(self, ids: list[str]) -> list[Encoded]:
+        """Some of the documents, their arrays mapped from disk."""
+        rows = [self._rows[self._numbers[each]] for each in ids]
+        whole = {
+            name: np.memmap(self._path(name), dtype=kind, mode="r").reshape(-1, *shape)
+            for name, (kind, shape) in self._shapes.items()
+        }
+        return [
+            Encoded(
+                replace(row, begin=0, end=row.end - row.begin), *(whole[name][row.begin : row.end] for name in ARRAYS)
+            )
+            for row in rows
+        ]
