@@ -1,9 +1,9 @@
 """The ∞-gram over all groups of a store (Liu 2024): what followed the longest suffix of a context that occurs at all.
 
 Every context of a sequence is matched in one pass over arrays. Where a run of tokens stands in the order of a group's
-suffixes is searched once for each place that a run can start at, since a context's longest suffix is a beginning of what
-starts there: with reach(j) the end of the longest run from j that occurs with a token after it, the longest suffix of
-the context that ends at i starts at the first j with reach(j) ≥ i. Counts are sums over the groups' documents, so that
+suffixes is searched once for each place that a run can start at, since a context's longest suffix is a beginning of
+what starts there: with reach(j) the end of the longest run from j that occurs with a token after it, the longest suffix
+of the context that ends at i starts at the first j with reach(j) ≥ i. Counts are sums over the groups' documents, so that
 the result is the same however documents are spread over shards and groups.
 """
 
@@ -209,14 +209,20 @@ class _Search:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The first of a group's suffixes that begins with each of some runs, and how many do; each (n,)."""
         place = found.places[starts]
+        # Up from where the run from there stands, and down from the suffix before.
+        which = np.concatenate([np.arange(len(starts))] * 2)
+        down = which < 0
+        down[len(starts) :] = True
+        common = np.concatenate([found.right[starts], found.left[starts]])
+        room = np.concatenate([len(suffixes) - place, place])
+        some = np.flatnonzero((common >= lengths[which]) & (room > 0) & (lengths[which] > 0))
+        which, down, room = which[some], down[some], room[some]
+        width = suffixes.width(self._query, place[which] - down, 1 - 2 * down, room, starts[which], lengths[which])
         first, rows = place.copy(), np.zeros_like(place)
-        for step, common, room in ((-1, found.left, place), (1, found.right, len(suffixes) - place)):
-            some = np.flatnonzero((common[starts] >= lengths) & (room > 0))
-            edge = place[some] - (step < 0)
-            width = suffixes.width(self._query, edge, step, room[some], starts[some], lengths[some])
-            rows[some] += width
-            if step < 0:
-                first[some] -= width
+        first[which[down]] -= width[down]
+        rows += np.bincount(which, weights=width, minlength=len(rows)).astype(np.int64)
+        everything = lengths == 0
+        first[everything], rows[everything] = 0, len(suffixes)
         return first, rows
 
     @staticmethod
@@ -234,11 +240,13 @@ class _Search:
         Returns:
             How often each occurs with a token after it; how often with the one that its sequence goes on with; where.
         """
-        runs_on = np.append(starts[1:] == starts[:-1], False)
+        runs_on = np.zeros(len(starts), dtype=bool)
+        runs_on[:-1] = starts[1:] == starts[:-1]
         # With its next token, a context's suffix is the next context's, unless that starts elsewhere: then all of its
         # occurrences with this token end their documents.
         ending = np.flatnonzero((starts + lengths < self._ends) & ~runs_on)
-        marks = (lengths <= FAR) | (lengths % FAR == 0) | ~runs_on | ~np.append(False, runs_on[:-1])
+        marks = (lengths <= FAR) | (lengths % FAR == 0) | ~runs_on
+        marks[1:] |= ~runs_on[:-1]
         counts, hits, spans = np.zeros_like(starts), np.zeros_like(starts), [np.zeros((4, 0), dtype=np.int64)]
         for group in range(len(self._suffixes)):
             first, full = self._extents(group, starts, lengths, marks)

@@ -3,9 +3,9 @@
     rows.npy       (rows,) uint32, or uint64 where a group has more rows than that counts: where each suffix begins
     lengths.npy    (rows,) uint8, how many tokens each of these suffixes has, in the same order; 255 means 255 or more
 
-A suffix ends with its document (law 3), and an end comes before any token. Suffixes of equal tokens come in the order of
-their rows. So the order of two suffixes depends on their own documents only: taking a document out of a group takes its
-entries out of these files, and changes no other but for the numbering of rows. Tokens are those of
+A suffix ends with its document (law 3), and an end comes before any token. Suffixes of equal tokens come in the order
+of their rows. So the order of two suffixes depends on their own documents only: taking a document out of a group takes
+its entries out of these files, and changes no other but for the numbering of rows. Tokens are those of
 :mod:`datastore.keys`; they are not stored twice.
 """
 
@@ -21,6 +21,7 @@ from pydivsufsort import divsufsort
 
 from datastore.keys import KeyGroup
 from datastore.shard import Shard
+from silo.errors import UsageError
 from silo.files import write_array
 
 FILES = ("rows.npy", "lengths.npy")
@@ -81,17 +82,27 @@ def _sorted_rows(tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
     return found[found >= 0].astype(counted)
 
 
-@dataclass(frozen=True)
 class Query:
     """Tokens to look for, as :class:`Suffixes` compares them."""
 
-    tokens: np.ndarray
-    """(n,) int64."""
+    def __init__(self, tokens: np.ndarray) -> None:
+        """``tokens`` are (n,) int64."""
+        self.tokens = tokens
+        self._packed: dict[np.dtype, np.ndarray] = {}
 
     def packed(self, dtype: np.dtype) -> np.ndarray:
-        """(n,) uint64: the tokens from each place on, as many as eight bytes hold, the first in the lowest bits."""
-        padded = np.concatenate([self.tokens, np.zeros(8, dtype=np.int64)]).astype(dtype)
-        return _windows(padded)[: len(self.tokens)].view("<u8")
+        """(n,) uint64: the tokens from each place on, as many as eight bytes hold, the first in the lowest bits.
+
+        Raises :class:`UsageError` at a token that a store of this type of tokens cannot hold.
+        """
+        if dtype not in self._packed:
+            most = np.iinfo(dtype).max
+            if self.tokens.min(initial=0) < 0 or self.tokens.max(initial=0) > most:
+                wrong = self.tokens[(self.tokens < 0) | (self.tokens > most)][0]
+                raise UsageError(f"token {wrong} is not of the store's vocabulary; use the tokenizer of its model")
+            padded = np.concatenate([self.tokens, np.zeros(8, dtype=np.int64)]).astype(dtype)
+            self._packed[dtype] = _windows(padded)[: len(self.tokens)].view("<u8")
+        return self._packed[dtype]
 
 
 @dataclass(frozen=True)
@@ -154,8 +165,8 @@ class Suffixes:
     ) -> Found:
         """Find strings between a suffix that comes before each and one that does not, or -1 and the number of suffixes.
 
-        A binary search (Manber and Myers 1993): what a string has in common with both ends of the range that is left, it
-        has in common with all between them, so it is compared from there on only.
+        A binary search (Manber and Myers 1993): what a string has in common with both ends of the range that is left,
+        it has in common with all between them, so it is compared from there on only.
         """
         packed = query.packed(self._tokens.dtype)
         left, right = np.zeros_like(low), np.zeros_like(low)
@@ -226,14 +237,20 @@ class Suffixes:
         return self._ordered(self._packed(rows), self._lengths[::APART])
 
     def width(
-        self, query: Query, firsts: np.ndarray, step: int, limits: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+        self,
+        query: Query,
+        firsts: np.ndarray,
+        steps: np.ndarray,
+        limits: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
     ) -> np.ndarray:
         """How many suffixes in a row, from given ones on, begin with given strings, as the first of each row does.
 
         Args:
             query: what the strings are of.
             firsts: (n,) the suffix that each row begins with.
-            step: 1 to go up the order, -1 to go down.
+            steps: (n,) 1 to go up the order, -1 to go down.
             limits: (n,) how many suffixes each row could have at the most, at least 1.
             starts: (n,) where each string starts.
             lengths: (n,) how many tokens it has.
@@ -242,7 +259,7 @@ class Suffixes:
 
         def begins_with(which: np.ndarray, offsets: np.ndarray) -> np.ndarray:
             of = lengths[which]
-            places = firsts[which] + step * offsets
+            places = firsts[which] + steps[which] * offsets
             limits = np.minimum(of, self.lengths(places, of))
             return self._common(packed, places, starts[which], limits, np.zeros_like(of)) == of
 
@@ -262,7 +279,7 @@ class Suffixes:
         return found
 
     def lengths(self, places: np.ndarray, needed: np.ndarray) -> np.ndarray:
-        """How many tokens suffixes have, right up to ``needed``: a greater number may be given as less, but not below."""
+        """How many tokens suffixes have. A number above ``needed`` may be given too small, but not below ``needed``."""
         found = self._lengths[places].astype(np.int64)
         if needed.max(initial=0) > LONG:
             unsure = np.flatnonzero((found == LONG) & (needed > LONG))

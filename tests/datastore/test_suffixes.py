@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore import ngrams
+from datastore import ngrams, suffixes
 from datastore.keys import id_hash
 from datastore.ngrams import NgramIndex
+from datastore.shard import DocumentRow
 from datastore.suffixes import Suffixes, suffix_arrays
 from silo.errors import UsageError
-from silo.retrieval import SourceDocument
 
 few = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 corpora = st.lists(few, min_size=1, max_size=8)
@@ -38,18 +38,12 @@ class Documents:
         self.ids = np.asarray([id_hash(name) for name in self.names], dtype=np.uint64)
 
     def suffixes(self):
+        """Them in order."""
         return Suffixes(self, *suffix_arrays(self.tokens, self.begins))
 
     def document(self, number):
-        return Described(self.names[number])
-
-
-@dataclass
-class Described:
-    id: str
-
-    def described(self):
-        return SourceDocument(self.id, "", "", "", "")
+        """A row of a shard, by its id alone."""
+        return DocumentRow(self.names[number], "", "", "", "", "", 0, 0)
 
 
 def index_of(texts, groups=1, dtype=np.uint16):
@@ -129,9 +123,11 @@ def test_equals_counting_by_hand(texts, sequences, groups):
 @given(corpora, queries)
 @settings(deadline=None, max_examples=50)
 def test_long_runs_are_followed_to_their_ends(texts, sequences):
-    """Runs that are longer than those compared at every place give what counting by hand does."""
+    """Runs longer than those compared at every place, and long documents, give what counting by hand does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "FAR", 2)
+        patch.setattr(suffixes, "LONG", 4)
+        patch.setattr(suffixes, "APART", 2)
         assert everything(index_of(texts, 2), *sequences) == expected(texts, *sequences)
 
 
@@ -161,3 +157,58 @@ def test_taking_a_document_out_takes_its_entries_out(texts, data):
     kept = (rows < begin) | (rows >= end)
     assert np.where(rows >= end, rows - (end - begin), rows)[kept].tolist() == fewer.tolist()
     assert lengths[kept].tolist() == shorter.tolist()
+
+
+@given(corpora, few, few)
+@settings(deadline=None, max_examples=50)
+def test_no_match_sees_the_future(texts, past, future):
+    """What follows a context changes neither its match nor its count."""
+    index = index_of(texts)
+    short, long = match(index, past), match(index, past + future)
+    assert long.lengths[: len(past) + 1].tolist() == short.lengths.tolist()
+    assert long.counts[: len(past) + 1].tolist() == short.counts.tolist()
+
+
+def test_no_match_crosses_a_document():
+    """The first token of a document is not what follows the last one of the document before."""
+    found = match(index_of([[1, 2], [3, 1], [2, 2]]), [1, 2, 3])
+    assert found.lengths.tolist() == [0, 1, 1, 1]
+    assert found.counts.tolist() == [6, 1, 1, 1]
+    assert found.hits.tolist() == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("most", [70_000, (1 << 32) - 1])
+def test_large_vocabularies(most):
+    """Tokens beyond 16 bits are told apart, be there more of them than 16 bits count or only a few."""
+    texts = [list(range(most - 66_000, most + 1)), [most, most - 65_536, most], [most, most, 5]]
+    found = match(index_of(texts, 2, np.uint32), [most - 1, most, most, 5, most - 65_536, most])
+    assert found.lengths.tolist() == [0, 1, 1, 2, 0, 1, 1]
+    assert found.counts.tolist() == [66_007, 1, 3, 1, 66_007, 2, 3]
+    assert found.hits.tolist() == [1, 1, 1, 1, 2, 1, 0]
+
+
+def test_long_documents_that_come_twice():
+    """Runs of hundreds of tokens are matched whole, and counted in each document that has them."""
+    text = np.random.default_rng(0).integers(0, 3, 700).tolist()
+    index = index_of([text, text[:600], text[100:]], 2)
+    found = match(index, text)
+    assert found.lengths[20:700].tolist() == list(range(20, 700))
+    assert found.counts[300:600].tolist() == [2] * 300
+    assert found.counts[600:700].tolist() == [1] * 100
+
+
+def test_nothing_to_match_and_nothing_to_match_with():
+    """No sequences give no contexts, and an index of no documents counts nothing."""
+    assert everything(index_of([[1, 2]])) == ([[0], [], [], [], [0], [], [], [0], []], [])
+    for index in (NgramIndex([]), index_of([[1, 2]]).select([np.asarray([False])])):
+        found = match(index, [1, 2])
+        assert [found.lengths.tolist(), found.counts.tolist(), found.hits.tolist()] == [[0, 0, 0]] * 3
+
+
+def test_what_cannot_be_asked():
+    """A token that no store of this type holds, and a selection for another number of groups, are refused."""
+    index = index_of([[1, 2], [3]], 2)
+    with pytest.raises(UsageError, match="token 65537 is not of the store's vocabulary"):
+        match(index, [1, 65_537])
+    with pytest.raises(UsageError, match="1 selections for 2 groups"):
+        index.select([None])
