@@ -2,9 +2,9 @@
 
 Every context of a sequence is matched in one pass over arrays. Where a run of tokens stands in the order of a group's
 suffixes is searched once for each place that a run can start at, since a context's longest suffix is a beginning of
-what starts there: with reach(j) the end of the longest run from j that occurs with a token after it, the longest suffix
-of the context that ends at i starts at the first j with reach(j) ≥ i. Counts are sums over the groups' documents, so that
-the result is the same however documents are spread over shards and groups.
+what starts there: with reach(j) the end of the longest run from j that occurs with a token after it, the longest
+suffix of the context that ends at i starts at the first j with reach(j) ≥ i. Counts are sums over the groups'
+documents, so that the result is the same however documents are spread over shards and groups.
 """
 
 from __future__ import annotations
