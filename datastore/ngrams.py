@@ -244,7 +244,7 @@ class _Search:
         runs_on[:-1] = starts[1:] == starts[:-1]
         # With its next token, a context's suffix is the next context's, unless that starts elsewhere: then all of its
         # occurrences with this token end their documents.
-        ending = np.flatnonzero((starts + lengths < self._ends) & ~runs_on)
+        ending = np.flatnonzero(~runs_on)
         marks = (lengths <= FAR) | (lengths % FAR == 0) | ~runs_on
         marks[1:] |= ~runs_on[:-1]
         counts, hits, spans = np.zeros_like(starts), np.zeros_like(starts), [np.zeros((4, 0), dtype=np.int64)]

@@ -5,8 +5,9 @@
 
 Restricted documents are dealt out to 1, 200 and 2,000 owners, whose shards share groups as in a store. The peer is one
 merged index of the same documents; all take turns at scoring the same windows of documents that are in none of them.
-infini-gram (Liu 2024) gets the same tokens, with one more separator at the end, and takes turns too: one call a token with all of the tokens before it,
-which is how its interface scores a sequence. The tokenizer learns from the permissive documents.
+infini-gram (Liu 2024) gets the same tokens, with one more separator at the end, and takes turns too: one call a token
+with all of the tokens before it, which is how its interface scores a sequence. The tokenizer learns from the permissive
+documents.
 
 Its counts are compared with ours token by token. It also counts occurrences at the end of a document, and takes the
 separator after them for the next token; so where its suffix is as long as ours, its count must be ours plus that of the
