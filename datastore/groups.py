@@ -1,8 +1,9 @@
-"""Search structures: inverted lists and a Lucene index serve a group of shards, many small ones or a single large one.
+"""Search structures: inverted lists, Lucene and suffixes serve a group of shards, many small ones or one large one.
 
     keys/         :mod:`datastore.keys`
     blocks/       :mod:`datastore.bm25`
     sketches/     :mod:`datastore.sketches`
+    suffixes/     :mod:`datastore.suffixes`
     group.json    the shards that it was built from, and the checksum of every file
 
 An index a shard was measured and is slow by the number of shards; one for all would have to be rewritten as a whole at
@@ -23,6 +24,7 @@ from datastore.keys import write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.shard import Shard
 from datastore.sketches import write_sketches
+from datastore.suffixes import write_suffixes
 from silo.errors import IntegrityError
 from silo.files import read_array, sha256_file, sync_directory, write_file
 
@@ -31,7 +33,7 @@ GROUP_TOKENS = 4_000_000
 ALONE_TOKENS = 500_000
 """A shard from this size on has a search structure of its own, so that its removal rewrites nothing."""
 INDEX = "group.json"
-PARTS = ("keys", "blocks", "sketches")
+PARTS = ("keys", "blocks", "sketches", "suffixes")
 
 
 def regroup(groups: Sequence[Group], entries: Mapping[str, ShardEntry], changed: set[str]) -> list[list[str]]:
@@ -95,6 +97,7 @@ def build_group(
     write_keys(directory / "keys", shards, lists=lists, first_row=first_row)
     build_index(directory / "blocks", cut_blocks(shards, tokenizer))
     write_sketches(directory / "sketches", (each.text(tokenizer) for shard in shards for each in shard.documents()))
+    write_suffixes(directory / "suffixes", shards)
     _seal(directory, entries)
 
 

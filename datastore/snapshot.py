@@ -23,9 +23,11 @@ from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.knn import NeighbourIndex
 from datastore.manifest import Group, Manifest, ShardEntry
+from datastore.ngrams import NgramIndex
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
+from datastore.suffixes import Suffixes
 from silo.documents import Document
 from silo.errors import DataError, StoreError
 from silo.files import read_checked
@@ -110,6 +112,13 @@ class Snapshot:
         with self._as_opened():
             directories = [self.path / "search" / group.directory / "blocks" for group in self.manifest.groups]
             return BlockIndex(directories, self._key_groups())
+
+    def ngrams(self) -> NgramIndex:
+        """The ∞-gram over all live shards, mapped from disk."""
+        with self._as_opened():
+            directories = [self.path / "search" / group.directory / "suffixes" for group in self.manifest.groups]
+            pairs = zip(self._key_groups(), directories, strict=True)
+            return NgramIndex([Suffixes.open(keys, directory) for keys, directory in pairs])
 
     def _key_groups(self) -> list[KeyGroup]:
         """The keys of every group. Their files are checked first, if that takes no longer than a moment."""

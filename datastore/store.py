@@ -4,7 +4,7 @@
     tokenizer.json   the model's tokenizer, so that a removal needs no model
     control/         what shards share, learnt from permissive text only
     shards/          what is canonical: one directory a shard, named by its content
-    search/          what is derived: inverted lists and a Lucene index over a group of shards
+    search/          what is derived: inverted lists, Lucene and suffixes over a group of shards
     receipts/, log.jsonl   what was added and removed, by id and hash
     spool/           what an unfinished add has encoded: no part of the store
 

@@ -50,7 +50,7 @@ def verify_derived(store: Snapshot) -> int:
             again, lists = Path(scratch), len(store.control.centroids)
             shards = [store.shard(name) for name in group.shards]
             build_group(again, shards, entries, store.tokenizer, lists=lists, first_row=group.first_row)
-            for name in ("keys", "sketches"):
+            for name in ("keys", "sketches", "suffixes"):
                 for file in sorted((again / name).iterdir()):
                     _require_equal(sha256_file(file), directory / name / file.name, sha256_file)
             ours, theirs = index_content(directory / "blocks"), index_content(again / "blocks")

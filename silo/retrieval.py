@@ -63,3 +63,75 @@ class BlockSource(Protocol):
     def search(self, queries: Sequence[str]) -> list[Block | None]:
         """The best block for each query, or None where no block shares a word with it."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """The tokens that follow some contexts, and how often."""
+
+    begins: np.ndarray
+    """(n + 1,) int64: those of context i are ``tokens[begins[i] : begins[i + 1]]``."""
+    tokens: np.ndarray
+    """(m,) int64, ascending within a context."""
+    counts: np.ndarray
+    """(m,) int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """The documents in which some contexts are followed by a token, and how often."""
+
+    begins: np.ndarray
+    """(n + 1,) int64: those of context i are ``documents[begins[i] : begins[i + 1]]``."""
+    documents: np.ndarray
+    """(m,) int64: indexes for :meth:`NgramSource.document`, in an order that depends on the documents alone."""
+    counts: np.ndarray
+    """(m,) int64."""
+
+
+class NgramMatches(Protocol):
+    """For every context of some sequences, its longest suffix that some document has with a token after it.
+
+    The contexts of a sequence of T tokens are its first 0, 1, … T tokens. The arrays hold those of all sequences, one
+    sequence after the other.
+    """
+
+    @property
+    def begins(self) -> np.ndarray:
+        """(sequences + 1,) int64: context ``tokens[:i]`` of sequence s is number ``begins[s] + i``."""
+        ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: tokens of the longest suffix; 0 where not even the last token is known."""
+        ...
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(n,) int64: how often it occurs with a token after it; 0 only if there is no text at all."""
+        ...
+
+    @property
+    def hits(self) -> np.ndarray:
+        """(n,) int64: how often the token after it is the one that the sequence goes on with; 0 at its end."""
+        ...
+
+    def following(self, contexts: np.ndarray) -> NextTokens:
+        """All tokens that come after the longest suffixes of some contexts, given by their (m,) numbers."""
+        ...
+
+    def origins(self, contexts: np.ndarray, tokens: np.ndarray) -> Origins:
+        """The documents behind the counts of (m,) tokens after (m,) contexts."""
+        ...
+
+
+class NgramSource(Protocol):
+    """Finds what came after the same words (∞-gram)."""
+
+    def match(self, sequences: Sequence[np.ndarray]) -> NgramMatches:
+        """Match every context of sequences of (T,) tokens."""
+        ...
+
+    def document(self, index: int) -> SourceDocument:
+        """The document behind an index in :attr:`Origins.documents`."""
+        ...

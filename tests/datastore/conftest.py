@@ -33,7 +33,7 @@ def bytes_of():
 
 @pytest.fixture(scope="session")
 def answers(model, documents):
-    """A function that asks a store everything: its hash, neighbours, blocks, and the mixture's distributions.
+    """A function that asks a store everything: its hash, neighbours, blocks, ∞-grams, and the mixture's distributions.
 
     The questions are real text, some of it in the store and some not.
     """
@@ -45,8 +45,12 @@ def answers(model, documents):
     queries = [model.tokenizer.decode(text.tokens[start : start + 40]) for text in texts for start in (0, 50)]
 
     def ask(store):
-        neighbours, blocks = store.neighbours(), store.blocks()
+        neighbours, blocks, ngrams = store.neighbours(), store.blocks(), store.ngrams()
         found = neighbours.search(keys, 20)
+        matches = ngrams.match([text.tokens for text in texts])
+        contexts = np.arange(len(matches.lengths))
+        following = matches.following(contexts)
+        origins = matches.origins(np.repeat(contexts, np.diff(following.begins)), following.tokens)
         mixture = Mixture(model, neighbours=neighbours, blocks=blocks)
         return {
             "hash": store.hash,
@@ -57,6 +61,10 @@ def answers(model, documents):
                 (block.document.id, block.start, block.tokens.tolist(), block.score) if block else None
                 for block in blocks.search(queries)
             ],
+            "ngrams": [array.tolist() for array in (matches.lengths, matches.counts, matches.hits)],
+            "following": [array.tolist() for array in (following.begins, following.tokens, following.counts)],
+            "origins": [origins.begins.tolist(), origins.counts.tolist()],
+            "traced": [ngrams.document(at).id for at in origins.documents],
             "distributions": distribution_digest(mixture, texts, Weights({"lm": 0.5, "knn": 0.25, "ric": 0.25}, 8.0)),
         }
 

@@ -221,7 +221,7 @@ def test_absence_is_proved_and_presence_found(make_store, distinct, model, model
     assert {trace.kind for trace in find_traces(store, gone[:1])} == {"bytes"}
 
 
-@pytest.mark.parametrize("part", ["blocks", "sketches", "keys"])
+@pytest.mark.parametrize("part", ["blocks", "sketches", "keys", "suffixes"])
 def test_deep_verification_compares_what_is_derived(make_store, distinct, part):
     """A search structure that was made of something else, with every checksum made good, is found and named."""
     store = make_store("store", distinct)

@@ -1,0 +1,249 @@
+"""How fast the ∞-gram scores text as the number of owners grows, and beside infini-gram's own engine.
+
+    pip install infini-gram
+    python scripts/bench_ngram.py CORPUS/*.jsonl.zst > scripts/results/ngram.json
+
+Restricted documents are dealt out to 1, 200 and 2,000 owners, whose shards share groups as in a store. The peer is one
+merged index of the same documents; all take turns at scoring the same windows of documents that are in none of them.
+infini-gram (Liu 2024) gets the same tokens, with one more separator at the end, and takes turns too: one call a token
+with all of the tokens before it, which is how its interface scores a sequence. The tokenizer learns from the permissive
+documents.
+
+Its counts are compared with ours token by token. It also counts occurrences at the end of a document, and takes the
+separator after them for the next token; so where its suffix is as long as ours, its count must be ours plus that of the
+suffix with a separator, and where it is longer, all of its occurrences must be at the ends of documents.
+
+Prints one JSON document: machine, command, commit, seed, data hash, result.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from recording import commit, files_hash, machine
+
+from datastore.groups import regroup
+from datastore.keys import KeyGroup, write_keys
+from datastore.manifest import Group, ShardEntry
+from datastore.ngrams import NgramIndex
+from datastore.shard import Encoded, Shard
+from datastore.suffixes import Suffixes, write_suffixes
+from silo.documents import Document
+from silo.files import sha256
+from silo.licensing import DEFAULT_POLICY
+from silo.sources import open_source
+from training.tokens import train_tokenizer
+
+OWNERS = (1, 200, 2000)
+WINDOW = 1024
+SEPARATOR = 0xFFFF
+PEER_WINDOWS = 24
+"""Windows whose counts are compared with infini-gram's."""
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--tokens", multiple=True, type=int, default=(3_900_000, 16_000_000), show_default=True)
+@click.option("--windows", default=64, show_default=True, help="Windows of 1,024 tokens that are scored.")
+@click.option("--peer-tokens", default=512, show_default=True, help="Tokens that infini-gram scores a round.")
+@click.option("--vocabulary", default=16_384, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def main(
+    files: tuple[Path, ...], tokens: tuple[int, ...], windows: int, peer_tokens: int, vocabulary: int, rounds: int
+) -> None:
+    """Measure, and print one JSON document."""
+    documents = [d for file in files for d in open_source(str(file))]
+    documents.sort(key=lambda document: sha256(document.id.encode()))
+    held, queries = tokenized(documents, max(tokens), windows, vocabulary)
+    say(f"{sum(len(each.tokens) for each in held):,} tokens of {len(held)} documents")
+    with tempfile.TemporaryDirectory() as scratch:
+        result = {}
+        for number, size in enumerate(tokens):
+            cut = int(np.searchsorted(np.cumsum([len(each.tokens) for each in held]), size))
+            result[str(size)] = measure(Path(scratch) / str(number), held[:cut], queries, peer_tokens, rounds)
+    report = {
+        "machine": machine(),
+        "command": "python scripts/bench_ngram.py " + " ".join(file.name for file in files),
+        "commit": commit(),
+        "seed": 0,
+        "data": files_hash(files),
+        "vocabulary": vocabulary,
+        "windows": len(queries),
+        "rounds": rounds,
+        "result": result,
+    }
+    print(json.dumps(report, indent=1))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def tokenized(
+    documents: list[Document], tokens: int, windows: int, vocabulary: int
+) -> tuple[list[Encoded], list[np.ndarray]]:
+    """Restricted documents of so many tokens, and windows of others."""
+    permissive = [each.full_text for each in documents if DEFAULT_POLICY.tier(each).permissive]
+    tokenizer = train_tokenizer(permissive[:800], vocabulary).backend_tokenizer
+    held: list[Encoded] = []
+    queries: list[np.ndarray] = []
+    count = 0
+    for document in (each for each in documents if not DEFAULT_POLICY.tier(each).permissive):
+        ids = np.asarray(tokenizer.encode(document.full_text, add_special_tokens=False).ids, dtype=np.uint16)
+        if count >= tokens:
+            if len(queries) == windows:
+                break
+            if len(ids) >= WINDOW:
+                queries.append(ids[:WINDOW].astype(np.int64))
+        elif len(ids):
+            held.append(Encoded.make(document, ids, np.zeros(len(ids), np.int32), np.zeros((len(ids), 1), np.uint8)))
+            count += len(ids)
+    return held, queries
+
+
+def measure(
+    root: Path, held: list[Encoded], queries: list[np.ndarray], peer_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Rates of stores of each number of owners, of one merged index and of infini-gram, in turns."""
+    begin = time.perf_counter()
+    merged = index([[held]], root / "merged")
+    building = time.perf_counter() - begin
+    opened = {n: dealt(held, n, root / str(n)) for n in OWNERS}
+    say(f"groups: { {n: len(each.groups) for n, each in opened.items()} }")
+    engine, peer_building = infini_gram(root / "peer", held)
+    part = queries[0][:peer_tokens]
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        name: (WINDOW * len(queries), lambda it=it: [it.match([each]) for each in queries])  # type: ignore[misc]
+        for name, it in {"merged": merged, **{str(n): each for n, each in opened.items()}}.items()
+    }
+    calls["merged, eight windows a call"] = (
+        WINDOW * len(queries),
+        lambda: [merged.match(queries[at : at + 8]) for at in range(0, len(queries), 8)],
+    )
+    calls["infini-gram"] = (len(part), lambda: scored(engine, part))
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):  # the first warms up
+        for name, (count, call) in calls.items():
+            start = time.perf_counter()
+            call()
+            rates[name].append(count / (time.perf_counter() - start))
+    ratios = {
+        peer: {n: [x / y for x, y in zip(rates[n][1:], rates[peer][1:], strict=True)] for n in calls}
+        for peer in ("merged", "infini-gram")
+    }
+    return {
+        "tokens": sum(len(each.tokens) for each in held),
+        "documents": len(held),
+        "groups": {str(n): len(each.groups) for n, each in opened.items()},
+        "seconds_to_write_keys_and_suffixes_of_one_group": building,
+        "seconds_to_build_infini_gram": peer_building,
+        "tokens_per_second": {name: statistics.median(values[1:]) for name, values in rates.items()},
+        **{f"ratio_to_{peer}": {n: statistics.median(v) for n, v in each.items()} for peer, each in ratios.items()},
+        **{f"spread_to_{peer}": {n: [min(v), max(v)] for n, v in each.items()} for peer, each in ratios.items()},
+        "equal_for_all_owners": same(merged, list(opened.values()), queries),
+        "beside_infini_gram": compared(engine, merged, queries),
+    }
+
+
+def dealt(held: list[Encoded], owners: int, root: Path) -> NgramIndex:
+    """Documents of so many owners, in the groups that a store would put their shards in."""
+    names = {f"owner {number}": held[number::owners] for number in range(owners) if held[number::owners]}
+    entries = {name: ShardEntry(name, "", sum(len(each.tokens) for each in of), len(of)) for name, of in names.items()}
+    groups: list[Group] = []
+    for planned in regroup(groups, entries, set()):
+        groups.append(Group(planned, "", 0))
+    return index([[names[name] for name in group.shards] for group in groups], root)
+
+
+def index(groups: list[list[list[Encoded]]], root: Path) -> NgramIndex:
+    """Write and open what a store has of groups of shards for the ∞-gram."""
+    opened, row = [], 0
+    for number, of_group in enumerate(groups):
+        directory = root / str(number)
+        for part in ("keys", "suffixes"):
+            (directory / part).mkdir(parents=True)
+        shards = [Shard.build(documents) for documents in of_group]
+        rows = [each for shard in shards for each in shard.rows]
+        write_keys(directory / "keys", shards, lists=1, first_row=row)
+        write_suffixes(directory / "suffixes", shards)
+        keys = KeyGroup(directory / "keys", first_row=row, document=rows.__getitem__)
+        opened.append(Suffixes.open(keys, directory / "suffixes"))
+        row += keys.rows
+    return NgramIndex(opened)
+
+
+def same(merged: NgramIndex, others: list[NgramIndex], queries: list[np.ndarray]) -> bool:
+    """Whether all indexes answer alike: lengths, counts, hits, and all next tokens of some windows."""
+
+    def answers(it: NgramIndex) -> list[Any]:
+        found = it.match(queries)
+        following = found.following(np.arange(1, WINDOW))
+        arrays = (found.lengths, found.counts, found.hits, following.begins, following.tokens, following.counts)
+        return [array.tolist() for array in arrays]
+
+    expected = answers(merged)
+    return all(answers(other) == expected for other in others)
+
+
+def infini_gram(root: Path, held: list[Encoded]) -> tuple[Any, float]:
+    """infini-gram's engine over the same documents, and the seconds that its index took."""
+    from infini_gram.engine import InfiniGramEngine
+
+    root.mkdir(parents=True)
+    separator = np.asarray([SEPARATOR], np.uint16)
+    separated = [part for each in held for part in (separator, each.tokens)]
+    np.concatenate([*separated, separator]).tofile(root / "tokenized.0")
+    sizes = [2 * (len(each.tokens) + 1) for each in held]
+    np.cumsum([0, *sizes]).astype(np.uint64).tofile(root / "offset.0")
+    begin = time.perf_counter()
+    options = ["--token_dtype", "u16", "--mem", "4", "--cpus", "1", "--ulimit", "1024"]
+    subprocess.run(
+        [sys.executable, "-m", "infini_gram.indexing", "--data_dir", root, "--save_dir", root, *options],
+        check=True,
+        capture_output=True,
+    )
+    seconds = time.perf_counter() - begin
+    return InfiniGramEngine(index_dir=str(root), eos_token_id=0, token_dtype="u16"), seconds
+
+
+def scored(engine: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """What infini-gram says of each token of a sequence."""
+    ids = tokens.tolist()
+    return [engine.infgram_prob(prompt_ids=ids[:at], cont_id=ids[at]) for at in range(len(ids))]
+
+
+def compared(engine: Any, merged: NgramIndex, queries: list[np.ndarray], tokens: int = 256) -> dict[str, int]:
+    """How many tokens' counts are explained, and how, over the first tokens of each window."""
+    told: Counter[str] = Counter()
+    for query in queries[:PEER_WINDOWS]:
+        found = merged.match([query[:tokens]])
+        ids = query[:tokens].tolist()
+        for at, theirs in enumerate(scored(engine, query[:tokens])):
+            length = theirs["suffix_len"]
+            ended = engine.count(input_ids=[*ids[at - length : at], SEPARATOR])["count"]
+            ours = (int(found.lengths[at]), int(found.counts[at]), int(found.hits[at]))
+            if (length, theirs["prompt_cnt"], theirs["cont_cnt"]) == ours:
+                told["equal"] += 1
+            elif (length, theirs["prompt_cnt"] - ended, theirs["cont_cnt"]) == ours:
+                told["equal but for occurrences at the ends of documents"] += 1
+            elif length > ours[0] and ended == theirs["prompt_cnt"]:
+                told["its suffix is longer and occurs at the ends of documents only"] += 1
+            else:
+                told["different"] += 1
+    return dict(told)
+
+
+if __name__ == "__main__":
+    main()

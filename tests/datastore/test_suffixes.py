@@ -1,0 +1,215 @@
+"""The ∞-gram: equal to counting by hand, whatever the grouping, and to a store that never held what was removed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from datastore import ngrams, suffixes
+from datastore.keys import id_hash
+from datastore.ngrams import NgramIndex
+from datastore.shard import DocumentRow
+from datastore.suffixes import Suffixes, suffix_arrays
+from silo.errors import UsageError
+
+few = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+corpora = st.lists(few, min_size=1, max_size=8)
+queries = st.lists(st.lists(st.integers(0, 4), max_size=14), min_size=1, max_size=3)
+
+
+@dataclass
+class Documents:
+    """What a group of keys tells of its documents, without keys."""
+
+    texts: list
+    names: list
+    first_row: int = 0
+    dtype: type = np.uint16
+    tokens: np.ndarray = field(init=False)
+    begins: np.ndarray = field(init=False)
+    ids: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.tokens = np.asarray([token for text in self.texts for token in text], dtype=self.dtype)
+        self.begins = np.cumsum([0, *map(len, self.texts)]).astype(np.int64)
+        self.ids = np.asarray([id_hash(name) for name in self.names], dtype=np.uint64)
+
+    def suffixes(self):
+        """Them in order."""
+        return Suffixes(self, *suffix_arrays(self.tokens, self.begins))
+
+    def document(self, number):
+        """A row of a shard, by its id alone."""
+        return DocumentRow(self.names[number], "", "", "", "", "", 0, 0)
+
+
+def index_of(texts, groups=1, dtype=np.uint16):
+    """An index of texts, named by their numbers and dealt out to so many groups."""
+    dealt, row = [], 0
+    for group in range(groups):
+        numbers = range(group, len(texts), groups)
+        dealt.append(Documents([texts[n] for n in numbers], [str(n) for n in numbers], row, dtype))
+        row += sum(len(text) for text in dealt[-1].texts)
+    return NgramIndex([each.suffixes() for each in dealt if each.texts])
+
+
+def match(index, *sequences):
+    return index.match([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+
+
+def counted(texts, context):
+    """By hand: the length of the longest suffix of a context that goes on somewhere, and (next token, text) → count."""
+    for length in range(len(context), -1, -1):
+        wanted = list(context[len(context) - length :])
+        found = Counter(
+            (text[at + length], number)
+            for number, text in enumerate(texts)
+            for at in range(len(text) - length)
+            if list(text[at : at + length]) == wanted
+        )
+        if found:
+            return length, found
+    return 0, Counter()
+
+
+def everything(index, *sequences):
+    """All that an index answers about some sequences, with documents by name."""
+    found = match(index, *sequences)
+    contexts = np.arange(len(found.lengths))
+    following = found.following(contexts)
+    asked = np.repeat(contexts, np.diff(following.begins))
+    origins = found.origins(asked, following.tokens)
+    cited = [index.document(at).id for at in origins.documents]
+    arrays = (found.begins, found.lengths, found.counts, found.hits, *(getattr(following, n) for n in SPLIT))
+    return [array.tolist() for array in (*arrays, origins.begins, origins.counts)], cited
+
+
+SPLIT = ("begins", "tokens", "counts")
+
+
+def expected(texts, *sequences):
+    """The same, by hand."""
+    begins, lengths, counts, hits = [0], [], [], []
+    split, tokens, token_counts = [0], [], []
+    of_token, document_counts, cited = [0], [], []
+    for sequence in sequences:
+        for at in range(len(sequence) + 1):
+            length, found = counted(texts, sequence[:at])
+            lengths.append(length)
+            counts.append(found.total())
+            hits.append(sum(c for (token, _), c in found.items() if at < len(sequence) and token == sequence[at]))
+            for token in sorted({token for token, _ in found}):
+                names = sorted((str(n) for t, n in found if t == token), key=id_hash)
+                tokens.append(token)
+                token_counts.append(sum(c for (t, _), c in found.items() if t == token))
+                cited += names
+                document_counts += [found[token, int(name)] for name in names]
+                of_token.append(len(cited))
+            split.append(len(tokens))
+        begins.append(len(lengths))
+    return [begins, lengths, counts, hits, split, tokens, token_counts, of_token, document_counts], cited
+
+
+@given(corpora, queries, st.integers(1, 3))
+@settings(deadline=None, max_examples=150)
+def test_equals_counting_by_hand(texts, sequences, groups):
+    """Lengths, counts, hits, distributions and documents are those that counting by hand gives, in any grouping."""
+    assert everything(index_of(texts, groups), *sequences) == expected(texts, *sequences)
+
+
+@given(corpora, queries)
+@example([[0, 1, 0, 1, 0]], [[1, 0, 1, 0, 1]])
+@settings(deadline=None, max_examples=50)
+def test_long_runs_are_followed_to_their_ends(texts, sequences):
+    """Runs longer than those compared at every place, and long documents, give what counting by hand does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "FAR", 2)
+        patch.setattr(suffixes, "LONG", 4)
+        patch.setattr(suffixes, "APART", 2)
+        assert everything(index_of(texts, 2), *sequences) == expected(texts, *sequences)
+
+
+@given(corpora, queries, st.data())
+@settings(deadline=None, max_examples=80)
+def test_a_selection_equals_an_index_of_it(texts, sequences, data):
+    """Where only some documents count, everything is as in an index of these only, and the whole is as before."""
+    kept = data.draw(st.lists(st.booleans(), min_size=len(texts), max_size=len(texts)))
+    whole = index_of(texts, 2)
+    chosen = [np.asarray([kept[int(group.document(n).id)] for n in range(len(group.ids))]) for group in whole.groups]
+    names = [number for number, keep in enumerate(kept) if keep]
+    found, cited = everything(whole.select(chosen), *sequences)
+    wanted, by_number = expected([texts[n] for n in names], *sequences)
+    assert Counter(cited) == Counter(str(names[int(number)]) for number in by_number)
+    assert found[:7] == wanted[:7]
+    assert everything(whole, *sequences) == expected(texts, *sequences)
+
+
+@given(st.lists(few, min_size=2, max_size=8), st.data())
+@settings(deadline=None, max_examples=80)
+def test_taking_a_document_out_takes_its_entries_out(texts, data):
+    """The arrays without a document are those with it, its entries cut out and the rows after it renumbered."""
+    gone = data.draw(st.integers(0, len(texts) - 1))
+    whole, rest = (Documents(each, list(map(str, each))) for each in (texts, texts[:gone] + texts[gone + 1 :]))
+    (rows, lengths), (fewer, shorter) = (suffix_arrays(each.tokens, each.begins) for each in (whole, rest))
+    begin, end = whole.begins[gone : gone + 2]
+    kept = (rows < begin) | (rows >= end)
+    assert np.where(rows >= end, rows - (end - begin), rows)[kept].tolist() == fewer.tolist()
+    assert lengths[kept].tolist() == shorter.tolist()
+
+
+@given(corpora, few, few)
+@settings(deadline=None, max_examples=50)
+def test_no_match_sees_the_future(texts, past, future):
+    """What follows a context changes neither its match nor its count."""
+    index = index_of(texts)
+    short, long = match(index, past), match(index, past + future)
+    assert long.lengths[: len(past) + 1].tolist() == short.lengths.tolist()
+    assert long.counts[: len(past) + 1].tolist() == short.counts.tolist()
+
+
+def test_no_match_crosses_a_document():
+    """The first token of a document is not what follows the last one of the document before."""
+    found = match(index_of([[1, 2], [3, 1], [2, 2]]), [1, 2, 3])
+    assert found.lengths.tolist() == [0, 1, 1, 1]
+    assert found.counts.tolist() == [6, 1, 1, 1]
+    assert found.hits.tolist() == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("most", [70_000, (1 << 32) - 1])
+def test_large_vocabularies(most):
+    """Tokens beyond 16 bits are told apart, be there more of them than 16 bits count or only a few."""
+    texts = [list(range(most - 66_000, most + 1)), [most, most - 65_536, most], [most, most, 5]]
+    found = match(index_of(texts, 2, np.uint32), [most - 1, most, most, 5, most - 65_536, most])
+    assert found.lengths.tolist() == [0, 1, 1, 2, 0, 1, 1]
+    assert found.counts.tolist() == [66_007, 1, 3, 1, 66_007, 2, 3]
+    assert found.hits.tolist() == [1, 1, 1, 1, 2, 1, 0]
+
+
+def test_long_documents_that_come_twice():
+    """Runs of hundreds of tokens are matched whole, and counted in each document that has them."""
+    text = np.random.default_rng(0).integers(0, 3, 700).tolist()
+    index = index_of([text, text[:600], text[100:]], 2)
+    found = match(index, text)
+    assert found.lengths[20:700].tolist() == list(range(20, 700))
+    assert found.counts[300:600].tolist() == [2] * 300
+    assert found.counts[600:700].tolist() == [1] * 100
+
+
+def test_nothing_to_match_and_nothing_to_match_with():
+    """No sequences give no contexts, and an index of no documents counts nothing."""
+    assert everything(index_of([[1, 2]])) == ([[0], [], [], [], [0], [], [], [0], []], [])
+    for index in (NgramIndex([]), index_of([[1, 2]]).select([np.asarray([False])])):
+        found = match(index, [1, 2])
+        assert [found.lengths.tolist(), found.counts.tolist(), found.hits.tolist()] == [[0, 0, 0]] * 3
+
+
+def test_what_cannot_be_asked():
+    """A token that no store of this type holds, and a selection for another number of groups, are refused."""
+    index = index_of([[1, 2], [3]], 2)
+    with pytest.raises(UsageError, match="token 65537 is not of the store's vocabulary"):
+        match(index, [1, 65_537])
+    with pytest.raises(UsageError, match="1 selections for 2 groups"):
+        index.select([None])
