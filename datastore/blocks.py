@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from datastore.bm25 import Block as IndexedBlock
-from datastore.bm25 import BM25Searcher
+from datastore.bm25 import BM25Searcher, MemoryIndex
 from datastore.keys import KeyGroup, id_hash
 from datastore.shard import Shard
 from silo.errors import IntegrityError
@@ -29,10 +29,24 @@ def cut_blocks(shards: Iterable[Shard], tokenizer: Tokenizer) -> Iterator[Indexe
     """The blocks of some shards, each within one document, with keys that sort by (document id, start)."""
     for shard in shards:
         for encoded in shard.documents():
-            for start in block_starts(len(encoded.tokens)):
-                tokens = encoded.tokens[start : start + BLOCK_TOKENS]
-                text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-                yield IndexedBlock(block_key(encoded.document.id, start), text)
+            yield from _cut(encoded.document.id, encoded.tokens, tokenizer)
+
+
+def _cut(document_id: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[IndexedBlock]:
+    for start in block_starts(len(tokens)):
+        text = tokenizer.decode(tokens[start : start + BLOCK_TOKENS].tolist(), skip_special_tokens=False)
+        yield IndexedBlock(block_key(document_id, start), text)
+
+
+def selected_blocks(group: KeyGroup, selected: np.ndarray, tokenizer: Tokenizer) -> MemoryIndex:
+    """An index of the blocks of some of a group's documents, (documents,) bool, as if it had no others."""
+
+    def blocks() -> Iterator[IndexedBlock]:
+        for number in np.flatnonzero(selected).tolist():
+            tokens = group.tokens[group.begins[number] : group.begins[number + 1]]
+            yield from _cut(group.document(number).id, tokens, tokenizer)
+
+    return MemoryIndex(blocks)
 
 
 def block_key(document_id: str, start: int) -> str:
@@ -43,9 +57,9 @@ def block_key(document_id: str, start: int) -> str:
 class BlockIndex:
     """BM25 over the blocks of some groups."""
 
-    def __init__(self, directories: Sequence[Path], groups: Sequence[KeyGroup]) -> None:
-        """``directories`` hold the Lucene index of each of ``groups``, which have the tokens."""
-        self._searcher = BM25Searcher(directories)
+    def __init__(self, indexes: Sequence[Path | MemoryIndex], groups: Sequence[KeyGroup]) -> None:
+        """``indexes`` are those of the blocks of each of ``groups``, which have the tokens."""
+        self._searcher = BM25Searcher(indexes)
         self._groups = list(groups)
         hashes = [group.ids for group in groups]
         self._hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])

@@ -10,7 +10,7 @@ is written.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -44,14 +44,36 @@ def build_index(directory: Path, blocks: Iterable[Block]) -> None:
         StoreError: Lucene cannot write, for example because the disk is full. What it wrote so far is not an index.
     """
     with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
-        writer = _lucene("index.IndexWriter")(files, _writer_config())
-        try:
-            _add_blocks(writer, blocks)
-            writer.forceMerge(1)
-            writer.close()
-        except BaseException:
-            writer.rollback()
-            raise
+        _write(files, blocks)
+
+
+class MemoryIndex:
+    """The index of some blocks in memory, for a view of documents that share a group with others.
+
+    It is built when it is first searched. Raises :class:`DataError` as :func:`build_index` does.
+    """
+
+    def __init__(self, blocks: Callable[[], Iterable[Block]]) -> None:
+        self._blocks = blocks
+
+    def open(self) -> Any:
+        """The directory as Lucene sees it, built anew; to be closed by the caller."""
+        with java_errors("cannot index blocks in memory"):
+            files = _lucene("store.ByteBuffersDirectory")()
+            _write(files, self._blocks())
+            return files
+
+
+def _write(files: Any, blocks: Iterable[Block]) -> None:
+    """Make a Lucene directory the index of some blocks, in one segment."""
+    writer = _lucene("index.IndexWriter")(files, _writer_config())
+    try:
+        _add_blocks(writer, blocks)
+        writer.forceMerge(1)
+        writer.close()
+    except BaseException:
+        writer.rollback()
+        raise
 
 
 _ID_BYTES, _CHECKSUM_BYTES = 16, 8
@@ -92,9 +114,9 @@ class BM25Searcher:
         StoreError: a directory holds no index that Lucene can read.
     """
 
-    def __init__(self, directories: Sequence[Path], *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, indexes: Sequence[Path | MemoryIndex], *, k1: float = 0.9, b: float = 0.4) -> None:
         with java_errors("cannot search with BM25"):
-            self._reader = _open_readers(directories)
+            self._reader = _open_readers(indexes)
             self._searcher = _lucene("search.IndexSearcher")(java_cast(f"{_LUCENE}index.IndexReader", self._reader))
             self._searcher.setSimilarity(_lucene("search.similarities.BM25Similarity")(k1, b))
             self._searcher.setMaxClauseCount(_UNLIMITED_CLAUSES)
@@ -195,15 +217,13 @@ def _score_then_key() -> Any:
     return _lucene("search.Sort")(field.FIELD_SCORE, by_key)
 
 
-def _open_readers(directories: Sequence[Path]) -> Any:
-    """One reader over all directories; closing it closes theirs. None stays open if one cannot be opened."""
+def _open_readers(indexes: Sequence[Path | MemoryIndex]) -> Any:
+    """One reader over all indexes; closing it closes theirs. None stays open if one cannot be opened."""
     with contextlib.ExitStack() as on_failure:
         readers = []
-        for directory in directories:
-            with (
-                java_errors(f"cannot open the BM25 index {directory}; rebuild it"),
-                _open_directory(directory) as files,
-            ):
+        for index in indexes:
+            opened = _open_directory(index) if isinstance(index, Path) else contextlib.closing(index.open())
+            with java_errors(f"cannot open the BM25 index {index}; rebuild it"), opened as files:
                 readers.append(_lucene("index.DirectoryReader").open(files))
             on_failure.callback(readers[-1].close)
         together = _lucene("index.MultiReader")(readers, True)

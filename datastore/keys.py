@@ -115,6 +115,11 @@ class KeyGroup:
         self.ids = np.load(directory / "ids.npy", mmap_mode="r")
         self.rows = int(self.begins[-1])
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(documents,) int64, how many rows each document has."""
+        return np.diff(self.begins)
+
     def inverted_lists(self, code_size: int) -> faiss.OnDiskInvertedLists:
         """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted."""
         found: Any = faiss.OnDiskInvertedLists()

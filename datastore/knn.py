@@ -31,18 +31,40 @@ SPARE = 8
 class NeighbourIndex:
     """A searchable view of some groups of keys."""
 
-    def __init__(self, groups: Sequence[KeyGroup], control: ControlPlane, *, probes: int = PROBES) -> None:
-        self._groups = sorted(groups, key=lambda group: group.first_row)
+    def __init__(
+        self,
+        groups: Sequence[KeyGroup],
+        control: ControlPlane,
+        selected: Sequence[np.ndarray | None] | None = None,
+        *,
+        probes: int = PROBES,
+    ) -> None:
+        """Look at some groups' keys.
+
+        Args:
+            groups: of one store.
+            control: the store's.
+            selected: for each of ``groups``, which documents can be found, (documents,) bool; None for all.
+            probes: inverted lists read a query.
+        """
+        masks = selected or [None] * len(groups)
+        pairs = [pair for pair in zip(groups, masks, strict=True) if pair[1] is None or pair[1].any()]
+        pairs.sort(key=lambda pair: pair[0].first_row)
+        self._groups = [group for group, _ in pairs]
         self._firsts = np.asarray([group.first_row for group in self._groups], dtype=np.int64)
-        self.num_keys = sum(group.rows for group in self._groups)
+        self.num_keys = sum(group.rows if mask is None else int(group.lengths[mask].sum()) for group, mask in pairs)
         """How many keys there are to be found. (Not a length: an empty index would be false.)"""
+        self._bits = _bits(pairs) if any(mask is not None for _, mask in pairs) else None
         self._coarse = control.coarse_index()
         self._num_lists = len(control.centroids)
         self._probes = min(probes, self._num_lists)
         filled = [group for group in self._groups if group.rows]
         self._stacked = len(filled)
         self._index = control.codes.index(self._coarse, self._num_lists * max(1, self._stacked))
-        self._index.ntotal, self._index.nprobe = self.num_keys, self._probes * max(1, self._stacked)
+        self._index.ntotal, self._index.nprobe = (
+            sum(group.rows for group in filled),
+            self._probes * max(1, self._stacked),
+        )
         self._lists = [group.inverted_lists(self._index.code_size) for group in filled]
         pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
         for each in self._lists:
@@ -67,16 +89,15 @@ class NeighbourIndex:
         FAISS breaks a tie at the last place as it likes. So some more are fetched than asked for; and where even the
         last of those is tied with the k-th, everything that is as near is.
         """
-        coarse, lists = self._probed(keys)
-        distances, rows = self._index.search_preassigned(keys, k + SPARE, lists, coarse)
+        probed = self._probed(keys)
+        distances, rows = self._nearest(keys, k + SPARE, *probed)
         distances[rows < 0] = np.inf
         equal = (distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)
         for query in np.flatnonzero(equal.any(axis=1)):
             near, found = distances[query], rows[query]
             if near[k - 1] == near[-1] and found[-1] >= 0:
-                radius = float(np.nextafter(near[-1], np.float32(np.inf)))
                 one = slice(query, query + 1)
-                _, as_near, also = self._index.range_search_preassigned(keys[one], radius, lists[one], coarse[one])
+                as_near, also = self._as_near(keys[one], near[-1], *(array[one] for array in probed))
                 found, first = np.unique(np.concatenate([found, also]), return_index=True)
                 near = np.concatenate([near, as_near])[first]
             order = self._order(near, found)[:k]
@@ -87,7 +108,37 @@ class NeighbourIndex:
         """The lists to read for each query, nearest first, those of all groups; and how far their centroids are."""
         coarse, lists = self._coarse.search(keys, self._probes)
         of_group = np.arange(max(1, self._stacked)) * self._num_lists
-        return np.repeat(coarse, len(of_group), axis=1), (lists[:, :, None] + of_group).reshape(len(keys), -1)
+        stacked = (lists[:, :, None] + of_group).reshape(len(keys), -1)
+        return np.ascontiguousarray(stacked), np.ascontiguousarray(np.repeat(coarse, len(of_group), axis=1))
+
+    def _nearest(
+        self, keys: np.ndarray, k: int, lists: np.ndarray, coarse: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows (n, k) as FAISS orders them. (Its wrapper for Python takes no selection here.)"""
+        distances, rows = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int64)
+        arrays = (faiss.swig_ptr(each) for each in (lists, coarse, distances, rows))
+        self._index.search_preassigned_c(len(keys), faiss.swig_ptr(keys), k, *arrays, False, self._parameters())
+        return distances, rows
+
+    def _as_near(
+        self, key: np.ndarray, distance: np.float32, lists: np.ndarray, coarse: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows (m,) of all that is at most so far from one key."""
+        radius, found = float(np.nextafter(distance, np.float32(np.inf))), faiss.RangeSearchResult(1)
+        arrays = (faiss.swig_ptr(each) for each in (lists, coarse))
+        self._index.range_search_preassigned_c(
+            1, faiss.swig_ptr(key), radius, *arrays, found, False, self._parameters()
+        )
+        count = int(faiss.rev_swig_ptr(found.lims, 2)[1])
+        return tuple(faiss.rev_swig_ptr(each, count).copy() for each in (found.distances, found.labels))  # type: ignore[return-value]
+
+    def _parameters(self) -> Any:
+        """Which rows count; None for all."""
+        if self._bits is None:
+            return None
+        selector: Any = faiss.IDSelectorBitmap
+        parameters: Any = faiss.SearchParametersIVF
+        return parameters(sel=selector(self._bits), nprobe=self._index.nprobe)
 
     def _order(self, distances: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The order of (n,) rows by distance, then by (hash of the document's id, position)."""
@@ -125,3 +176,15 @@ class NeighbourIndex:
     def document(self, index: int) -> SourceDocument:
         """The document behind an index in :attr:`silo.retrieval.Neighbours.documents`."""
         return self._groups[int(index) >> 32].document(int(index) & 0xFFFFFFFF).described()
+
+
+def _bits(pairs: Sequence[tuple[KeyGroup, np.ndarray | None]]) -> np.ndarray:
+    """One bit a row number, set for the rows of selected documents."""
+    bits = np.zeros(max(group.first_row + group.rows for group, _ in pairs) // 8 + 1, dtype=np.uint8)
+    for group, mask in pairs:
+        rows = np.repeat(np.ones(len(group.lengths), dtype=bool) if mask is None else mask, group.lengths)
+        shift = group.first_row % 8  # two groups may share a byte
+        packed = np.packbits(np.concatenate([np.zeros(shift, dtype=bool), rows]), bitorder="little")
+        begin = group.first_row // 8
+        bits[begin : begin + len(packed)] |= packed
+    return bits

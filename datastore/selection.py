@@ -35,6 +35,15 @@ class Selection:
             or any(fnmatchcase(row.license, pattern) for pattern in self.licenses)
         )
 
+    def of_all(self, shard: str, manifest: dict[str, Any]) -> bool | None:
+        """Whether all documents of a shard are among those named by owner, source, shard or licence, or none is, by
+        what its manifest lists; None if only its rows can tell."""
+        licensed = [any(fnmatchcase(license, each) for each in self.licenses) for license in manifest["licenses"]]
+        sourced = [source in self.sources for source in manifest["sources"]]
+        if shard in self.shards or all(licensed) or all(sourced):
+            return True
+        return None if any(licensed) or any(sourced) or shard in self.owners else False
+
     def may_concern(self, manifest: dict[str, Any]) -> bool:
         """Whether a shard can hold a document of one of the sources or licences, by what its own manifest lists.
 

@@ -7,7 +7,7 @@ was removed meanwhile is missed with an error that says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,7 @@ from datastore.ngrams import NgramIndex
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
-from datastore.suffixes import Suffixes
+from datastore.view import View
 from silo.documents import Document
 from silo.errors import DataError, StoreError
 from silo.files import read_checked
@@ -104,21 +104,50 @@ class Snapshot:
 
     def neighbours(self) -> NeighbourIndex:
         """The kNN index over all live shards, mapped from disk."""
-        with self._as_opened():
-            return NeighbourIndex(self._key_groups(), self.control)
+        return self.select().neighbours()
 
     def blocks(self) -> BlockIndex:
         """The BM25 index over all live shards; starts a JVM."""
         with self._as_opened():
-            directories = [self.path / "search" / group.directory / "blocks" for group in self.manifest.groups]
-            return BlockIndex(directories, self._key_groups())
+            return self.select().blocks()
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram over all live shards, mapped from disk."""
         with self._as_opened():
-            directories = [self.path / "search" / group.directory / "suffixes" for group in self.manifest.groups]
-            pairs = zip(self._key_groups(), directories, strict=True)
-            return NgramIndex([Suffixes.open(keys, directory) for keys, directory in pairs])
+            return self.select().ngrams()
+
+    def select(self, *, allow: Selection | None = None, deny: Selection | None = None) -> View:
+        """The documents that ``allow`` names (all, where nothing is given) and ``deny`` does not.
+
+        A name that no document has selects nothing and is no error: a policy is written for many stores.
+        """
+        with self._as_opened():
+            keys = self._key_groups()
+            directories = [self.path / "search" / group.directory for group in self.manifest.groups]
+            masks: list[np.ndarray | None] = [None] * len(keys)
+            if allow is not None or deny is not None:
+                allowed, denied = self._chooser(allow, otherwise=True), self._chooser(deny, otherwise=False)
+                masks = [
+                    np.concatenate([allowed(name) & ~denied(name) for name in group.shards])
+                    for group in self.manifest.groups
+                ]
+            return View(list(zip(directories, keys, strict=True)), masks, self.control, self.tokenizer)
+
+    def _chooser(self, selection: Selection | None, *, otherwise: bool) -> Callable[[str], np.ndarray]:
+        """A function from a shard's name to which of its documents are selected, (documents,) bool.
+
+        A shard's rows are read only where its manifest leaves the answer open.
+        """
+        named = {shard for shard, _ in self._locate(selection.documents).values()} if selection else set()
+
+        def choose(name: str) -> np.ndarray:
+            entry = self.manifest.shards[name]
+            answer = otherwise if selection is None else selection.of_all(name, self._shard_manifest(name))
+            if selection and (answer is None or (answer is False and name in named)):
+                return np.asarray([selection.holds(name, row) for row in self._rows(name)], dtype=bool)
+            return np.full(entry.documents, bool(answer))
+
+        return choose
 
     def _key_groups(self) -> list[KeyGroup]:
         """The keys of every group. Their files are checked first, if that takes no longer than a moment."""

@@ -24,9 +24,7 @@ def bytes_of():
 
     def read(root: Path) -> dict[str, bytes]:
         files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
-        return {
-            path.relative_to(root).as_posix(): path.read_bytes() for path in files if path.parent != root / "spool"
-        }
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files if path.parent != root / "spool"}
 
     return read
 

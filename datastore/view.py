@@ -1,0 +1,73 @@
+"""Some of a store's documents, searched as if there were no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datastore.blocks import BlockIndex, selected_blocks
+from datastore.keys import KeyGroup
+from datastore.knn import NeighbourIndex
+from datastore.ngrams import NgramIndex
+from datastore.suffixes import Suffixes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from datastore.control import ControlPlane
+
+
+class View:
+    """What some documents answer: the same as a store that holds only these, bit for bit.
+
+    Making one costs next to nothing. Neighbours and n-grams are masked where they lie. BM25 counts in how many blocks a
+    word stands, so a group of which only a part is selected is indexed anew in memory when it is first asked (about a
+    second for two million tokens); groups that are selected as a whole are read from disk.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[tuple[Path, KeyGroup]],
+        selected: Sequence[np.ndarray | None],
+        control: ControlPlane,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Look at a part of some groups.
+
+        Args:
+            groups: their directories and keys.
+            selected: for each, which documents count, (documents,) bool; None for all.
+            control: the store's.
+            tokenizer: the store's.
+        """
+        narrowed = [None if mask is None or mask.all() else mask for mask in selected]
+        there = [number for number, mask in enumerate(narrowed) if mask is None or mask.any()]
+        self._groups = [groups[number] for number in there]
+        self._selected = [narrowed[number] for number in there]
+        self._control = control
+        self._tokenizer = tokenizer
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are."""
+        pairs = zip(self._groups, self._selected, strict=True)
+        return sum(len(keys.ids) if mask is None else int(mask.sum()) for (_, keys), mask in pairs)
+
+    def neighbours(self) -> NeighbourIndex:
+        """The kNN index, mapped from disk."""
+        return NeighbourIndex([keys for _, keys in self._groups], self._control, self._selected)
+
+    def blocks(self) -> BlockIndex:
+        """The BM25 index; starts a JVM."""
+        indexes = [
+            directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer)
+            for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
+        ]
+        return BlockIndex(indexes, [keys for _, keys in self._groups])
+
+    def ngrams(self) -> NgramIndex:
+        """The ∞-gram, mapped from disk."""
+        return NgramIndex([Suffixes.open(keys, path / "suffixes") for path, keys in self._groups], self._selected)

@@ -1,0 +1,116 @@
+"""Views: some of a store's documents answer as a store does that holds no others."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from datastore import groups
+from datastore.selection import Selection
+from datastore.store import Store
+
+CHOICES = {
+    "a licence": ({"allow": Selection(licenses=("GPL-*",))}, lambda d: d.license.startswith("GPL-")),
+    "an owner": ({"allow": Selection(owners=("Ada",))}, lambda d: d.owner == "Ada"),
+    "all but an owner": ({"deny": Selection(owners=("Ada",))}, lambda d: d.owner != "Ada"),
+    "a source": ({"allow": Selection(sources=("books",))}, lambda d: d.source == "books"),
+    "a document": ({"allow": Selection(documents=("Ada/0",))}, lambda d: d.id == "Ada/0"),
+    "all but a document": ({"deny": Selection(documents=("Ada/0",))}, lambda d: d.id != "Ada/0"),
+    "a licence without an owner": (
+        {"allow": Selection(licenses=("GPL-*",)), "deny": Selection(owners=("Ada",))},
+        lambda d: d.license.startswith("GPL-") and d.owner != "Ada",
+    ),
+    "a shard or a licence": (
+        {"allow": Selection(shards=("Grace",), licenses=("CC-*",))},
+        lambda d: d.owner == "Grace" or d.license.startswith("CC-"),
+    ),
+    "everything": ({}, lambda d: True),
+    "what nobody has": ({"allow": Selection(owners=("Nobody",))}, lambda d: False),
+}
+
+
+@pytest.fixture(scope="module")
+def various(documents):
+    """Short documents of several owners, licences and sources, mixed within shards."""
+    licences, sources = ("GPL-3.0-only", "CC-BY-NC-4.0", "GPL-2.0-only"), ("books", "web")
+    return [
+        replace(each, text=each.text[:700], license=licences[number % 3], source=sources[number // 2 % 2])
+        for number, each in enumerate(documents)
+    ]
+
+
+def ask(source, model, documents):
+    """Everything that a store or a view of it answers, with documents by their ids."""
+    neighbours, blocks, ngrams = source.neighbours(), source.blocks(), source.ngrams()
+    texts = [model.tokenize(document)[:80] for document in documents[::3]]
+    found = neighbours.search(np.concatenate([model.keys(text) for text in texts]), 12)
+    queries = [model.tokenizer.decode(text[10:40]) for text in texts]
+    matches = ngrams.match(texts)
+    origins = matches.origins(np.arange(5, 60), np.concatenate(texts)[5:60].astype(np.int64))
+    return {
+        "keys": neighbours.num_keys,
+        "neighbours": [array.tolist() for array in (found.squared_l2, found.values, found.positions)],
+        "cited": [[neighbours.document(at).id if at >= 0 else None for at in row] for row in found.documents],
+        "blocks": [
+            (block.document.id, block.start, block.tokens.tolist(), block.score) if block else None
+            for block in blocks.search(queries)
+        ],
+        "ngrams": [array.tolist() for array in (matches.lengths, matches.counts, matches.hits)],
+        "origins": sorted(
+            (ngrams.document(int(each)).id, int(count))
+            for each, count in zip(origins.documents, origins.counts, strict=True)
+        ),
+    }
+
+
+@pytest.fixture(scope="module", params=["one group", "a group for each shard"])
+def many(request, various, model, model_dir, control, tmp_path_factory):
+    """A store of all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "one group":
+            patch.setattr(groups, "ALONE_TOKENS", 1)
+        path = tmp_path_factory.mktemp("many") / "store"
+        store = Store.create(path, model, model_dir / "tokenizer.json", control)
+        store.add(various, model)
+    assert len(store.manifest.groups) == (1 if request.param == "one group" else len(store.manifest.shards))
+    return store
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_view_is_the_store_of_its_documents(many, make_store, model, various, choice):
+    """Neighbours, blocks with their scores, and ∞-grams of a view are in every bit those of a store of its documents
+    alone."""
+    names, holds = CHOICES[choice]
+    view = many.select(**names)
+    chosen = [document for document in various if holds(document)]
+    assert view.num_documents == len(chosen)
+    assert ask(view, model, various) == ask(make_store("alone", chosen), model, various)
+
+
+def test_view_reads_the_rows_of_mixed_shards_only(many, monkeypatch):
+    """Choosing by owner or shard reads no document rows but those of the shards that are named."""
+    read = []
+    real = type(many)._rows
+    monkeypatch.setattr(type(many), "_rows", lambda self, name: read.append(name) or real(self, name))
+    many.select(allow=Selection(shards=("Ada",)))
+    assert read == []
+    many.select(deny=Selection(owners=("Ada",)))
+    assert read == ["Ada"]
+
+
+def test_bits_of_groups_that_share_a_byte():
+    """The bit of each row number is set just for the rows of selected documents, wherever groups begin."""
+    from datastore.knn import _bits
+
+    rng = np.random.default_rng(0)
+    at, pairs, wanted = 3, [], []
+    for documents in (1, 5, 2, 9):
+        lengths = rng.integers(1, 12, size=documents)
+        mask = rng.random(documents) < 0.5
+        keys = SimpleNamespace(first_row=at, rows=int(lengths.sum()), lengths=lengths)
+        pairs.append((keys, mask if documents != 2 else None))
+        chosen = np.repeat(mask if documents != 2 else np.ones(2, bool), lengths)
+        wanted += (at + np.flatnonzero(chosen)).tolist()
+        at += int(lengths.sum())
+    assert np.flatnonzero(np.unpackbits(_bits(pairs), bitorder="little")).tolist() == wanted
