@@ -1,6 +1,6 @@
 """The suffixes of a group's documents in order: where any run of tokens occurs, found by binary search.
 
-    rows.npy       (rows,) uint32, or uint64 where a group has more rows than that counts: where each suffix begins
+    rows.npy       (rows,) uint32, or int64 where a group has more rows than that counts: where each suffix begins
     lengths.npy    (rows,) uint8, how many tokens each of these suffixes has, in the same order; 255 means 255 or more
 
 A suffix ends with its document (law 3), and an end comes before any token. Suffixes of equal tokens come in the order
@@ -60,7 +60,7 @@ def suffix_arrays(tokens: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, n
 def _sorted_rows(tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """Where each suffix begins, in the order of the suffixes."""
     rows = len(tokens)
-    counted = np.uint32 if rows <= 1 << 32 else np.uint64
+    counted = np.uint32 if rows <= 1 << 32 else np.int64
     if not rows:
         return np.zeros(0, dtype=counted)
     tokens = tokens.astype(np.int64)

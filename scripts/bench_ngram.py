@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from training.tokens import train_tokenizer
 
 OWNERS = (1, 200, 2000)
 WINDOW = 1024
+BATCH = 8
 SEPARATOR = 0xFFFF
 PEER_WINDOWS = 24
 """Windows whose counts are compared with infini-gram's."""
@@ -124,14 +126,11 @@ def measure(
     say(f"groups: { {n: len(each.groups) for n, each in opened.items()} }")
     engine, peer_building = infini_gram(root / "peer", held)
     part = queries[0][:peer_tokens]
-    calls: dict[str, tuple[int, Callable[[], Any]]] = {
-        name: (WINDOW * len(queries), lambda it=it: [it.match([each]) for each in queries])  # type: ignore[misc]
-        for name, it in {"merged": merged, **{str(n): each for n, each in opened.items()}}.items()
-    }
-    calls["merged, eight windows a call"] = (
-        WINDOW * len(queries),
-        lambda: [merged.match(queries[at : at + 8]) for at in range(0, len(queries), 8)],
-    )
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {}
+    for batch in (1, BATCH):
+        for name, each in {"merged": merged, **{str(n): each for n, each in opened.items()}}.items():
+            named = name if batch == 1 else f"{name}, {batch} windows a call"
+            calls[named] = (WINDOW * len(queries), partial(match_all, each, queries, batch))
     calls["infini-gram"] = (len(part), lambda: scored(engine, part))
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):  # the first warms up
@@ -155,6 +154,12 @@ def measure(
         "equal_for_all_owners": same(merged, list(opened.values()), queries),
         "beside_infini_gram": compared(engine, merged, queries),
     }
+
+
+def match_all(searched: NgramIndex, queries: list[np.ndarray], batch: int) -> None:
+    """Match windows, so many a call."""
+    for at in range(0, len(queries), batch):
+        searched.match(queries[at : at + batch])
 
 
 def dealt(held: list[Encoded], owners: int, root: Path) -> NgramIndex:

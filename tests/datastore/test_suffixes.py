@@ -113,11 +113,11 @@ def expected(texts, *sequences):
     return [begins, lengths, counts, hits, split, tokens, token_counts, of_token, document_counts], cited
 
 
-@given(corpora, queries, st.integers(1, 3))
+@given(corpora, queries, st.integers(1, 3), st.sampled_from([np.uint16, np.uint32]))
 @settings(deadline=None, max_examples=150)
-def test_equals_counting_by_hand(texts, sequences, groups):
+def test_equals_counting_by_hand(texts, sequences, groups, dtype):
     """Lengths, counts, hits, distributions and documents are those that counting by hand gives, in any grouping."""
-    assert everything(index_of(texts, groups), *sequences) == expected(texts, *sequences)
+    assert everything(index_of(texts, groups, dtype), *sequences) == expected(texts, *sequences)
 
 
 @given(corpora, queries)
