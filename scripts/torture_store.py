@@ -156,7 +156,7 @@ class Judge:
         )
 
     def __call__(self, change: str, *, verify: bool) -> dict[str, Any]:
-        """Which state the store is in, and what is wrong with it; the next change comes after ``verify``, or at once."""
+        """The state of the store, and what is wrong with it; the next change comes after ``verify`` or at once."""
         wrong: list[str] = []
         state = "none"
         try:
@@ -335,8 +335,7 @@ def draw(files: tuple[Path, ...], seed: int) -> tuple[list[Document], list[Docum
     permissive = [each for each in documents if DEFAULT_POLICY.tier(each).permissive][:20]
     owners = ("one", "two", "three", "one", "two", "three", "one", "two", "three", "one", "four", "three")
     short = [
-        replace(each, owner=owner, text=each.text[1000:1800])
-        for each, owner in zip(restricted, owners, strict=False)
+        replace(each, owner=owner, text=each.text[1000:1800]) for each, owner in zip(restricted, owners, strict=False)
     ]
     return short, [replace(each, text=each.text[:4000]) for each in permissive]
 
