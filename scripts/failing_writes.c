@@ -5,7 +5,7 @@
  *     LD_PRELOAD=./failing_writes.so FAILING_WRITES=control FAILING_WRITES_LOG=log python ...
  *
  * The whole process is covered, the Java machine's writes too, and processes that it starts: the control file is mapped
- * by all. Only what a C library writes by itself (fprintf, fwrite) passes unseen; with FAILING_WRITES_LOG each write is
+ * by all. Nothing is synced below the directory: what syncing is for cannot be seen without a power cut. Only what a C library writes by itself (fprintf, fwrite) passes unseen; with FAILING_WRITES_LOG each write is
  * logged with inode and length, so that it can be checked that no byte of a file came another way.
  */
 #define _GNU_SOURCE
@@ -64,15 +64,15 @@ static void full_path(int directory, const char *path, char *into, size_t size) 
     if (path) snprintf(into + length, size - length, "/%s", path);
 }
 
-/* Count an operation. 0: do it; 1: it fails, errno is set; 2: the process is to die. */
+/* Count an operation. 0: do it; 1: it fails, errno is set; 2: the process is to die; -1: it is none of ours. */
 static int judge(const char *what, int directory, const char *path) {
     char name[4096];
     size_t root = control ? strlen(control->root) : 0;
-    if (!root) return 0;
+    if (!root) return -1;
     int saved = errno;
     full_path(directory, path, name, sizeof name);
     errno = saved;
-    if (strncmp(name, control->root, root) || (name[root] && name[root] != '/')) return 0;
+    if (strncmp(name, control->root, root) || (name[root] && name[root] != '/')) return -1;
     int64_t number = __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST), at = control->fail_at;
     if (!at || number < at || (number > at && !control->stays)) return 0;
     if (number == at) snprintf(control->failed, sizeof control->failed, "%s %.200s", what, name + root);
@@ -89,7 +89,7 @@ static void die(void) {
 static int refused(const char *what, int directory, const char *path) {
     int verdict = judge(what, directory, path);
     if (verdict == 2) die();
-    return verdict;
+    return verdict == 1;
 }
 
 static void note(int file, ssize_t length) {
@@ -112,7 +112,7 @@ static void note(int file, ssize_t length) {
 ssize_t write(int file, const void *data, size_t length) {
     REAL(write);
     int verdict = judge("write", file, NULL);
-    if (verdict) {
+    if (verdict > 0) {
         int error = errno;
         if (length > 1) real(file, data, length / 2);
         if (verdict == 2) die();
@@ -128,7 +128,7 @@ ssize_t write(int file, const void *data, size_t length) {
     ssize_t name(int file, const void *data, size_t length, off_t at) { \
         REAL(name); \
         int verdict = judge("pwrite", file, NULL); \
-        if (verdict) { \
+        if (verdict > 0) { \
             int error = errno; \
             if (length > 1) real(file, data, length / 2, at); \
             if (verdict == 2) die(); \
@@ -203,8 +203,15 @@ OPENAT(openat64)
         REAL(name); \
         return refused(#name, file, NULL) ? -1 : real pass; \
     }
-ON_FILE(fsync, (int file), (file))
-ON_FILE(fdatasync, (int file), (file))
+#define SYNC(name) \
+    int name(int file) { \
+        REAL(name); \
+        int verdict = judge(#name, file, NULL); \
+        if (verdict == 2) die(); \
+        return verdict < 0 ? real(file) : -verdict; \
+    }
+SYNC(fsync)
+SYNC(fdatasync)
 ON_FILE(ftruncate, (int file, off_t length), (file, length))
 ON_FILE(ftruncate64, (int file, off64_t length), (file, length))
 ON_FILE(fallocate, (int file, int mode, off_t at, off_t length), (file, mode, at, length))

@@ -52,7 +52,7 @@ class Disk:
         return {name: str(path.absolute()) for name, path in named.items()}
 
     def watch(self, root: Path, *, fail_at: int = 0, error: int = 0, stays: bool = False) -> None:
-        """Count from 0 what is written below a directory, and let one operation fail.
+        """Count from 0 what is written below a directory, and let one operation fail; nothing is synced there.
 
         Args:
             root: the directory.

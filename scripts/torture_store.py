@@ -27,7 +27,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from multiprocessing.connection import Connection
@@ -54,8 +54,7 @@ from silo.sources import open_source
 CHANGES = ("add", "remove owner", "remove document")
 COMMITTED = "is committed, but what it replaced may still be on disk"
 FORKING = multiprocessing.get_context("fork")
-LATER = 1.1
-"""Seconds between two stores of one history, so that the times in their logs differ."""
+WITH_TIMES = "log.jsonl"
 
 
 class Patient:
@@ -101,9 +100,15 @@ class Patient:
         return sha256(canonical_json([store.hash, arrays, blocks]))
 
     def renew(self) -> None:
-        """Undo everything: work on a fresh copy."""
+        """Undo everything: work on a fresh copy, on a disk that does not fail."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.root / "store", self.work)
+        self.mend()
+
+    def mend(self) -> None:
+        """Let the disk not fail."""
+        if self.disk is not None:
+            self.disk.watch(self.work)
 
 
 def picture(path: Path) -> dict[str, str]:
@@ -120,8 +125,8 @@ def reference(patient: Patient, changes: list[str]) -> dict[str, Any]:
         for name in changes:
             patient.change(name, patient.work)
         pictures.append(picture(patient.work))
-        time.sleep(LATER)
     files = {name: digest if pictures[1].get(name) == digest else None for name, digest in pictures[0].items()}
+    files[WITH_TIMES] = None
     opened = Store.open(patient.work)
     return {"hash": opened.hash, "answers": patient.answers(opened), "files": files}
 
@@ -220,7 +225,7 @@ def let_down(patient: Patient, judge: Judge, change: str, fail_at: int, error: i
         new = {path: path.stat().st_size for path in patient.work.rglob("*") if path.is_file()}
         fresh = {path: size for path, size in new.items() if path.relative_to(patient.work).as_posix() not in before}
         unseen = [path.name for path in disk.unseen(fresh)] if not fail_at else []
-        disk.leave()
+        patient.mend()
     judged = judge(change, verify=fail_at % 2 == 0)
     if bool(said) != (judged["state"] == "before" or COMMITTED in said):
         judged["wrong"].append(f"it is {judged['state']} the change, and was told {said!r}")
@@ -251,8 +256,7 @@ def run_victim(patient: Patient, change: str, *, seconds: float | None = None, f
         process.kill()
         process.join()
     lived = time.perf_counter() - begin
-    if patient.disk is not None:
-        patient.disk.leave()
+    patient.mend()
     return process.exitcode != 0, lived
 
 
@@ -269,18 +273,13 @@ def killed_at_random(patient: Patient, judge: Helper, kills: int, seed: int) -> 
     return {**tally.result(), "seconds_of_a_change": takes}
 
 
-def killed_at_each_write(patient: Patient, judge: Helper, counts: dict[str, int]) -> dict[str, Any]:
-    """Kill at every write of every change, one after the other."""
-    tally = Tally("killed at each write")
-    for change, number in each_write(counts, 1):
+def killed_at_writes(patient: Patient, judge: Helper, writes: list[tuple[str, int]]) -> dict[str, Any]:
+    """Kill at some writes of every change, one after the other."""
+    tally = Tally("killed at a write")
+    for change, number in writes:
         if run_victim(patient, change, fail_at=number)[0]:
             tally.add(change, judge(change=change, verify=number % 2 == 0), f"at write {number}")
     return tally.result()
-
-
-def each_write(counts: dict[str, int], stride: int) -> Iterator[tuple[str, int]]:
-    """Every write of every change, or each ``stride``-th."""
-    return ((change, number) for change, count in counts.items() for number in range(1, count + 1, stride))
 
 
 class Tally:
@@ -307,13 +306,13 @@ class Tally:
         return {"states": {change: dict(each) for change, each in self._states.items()}, "wrong": self._wrong}
 
 
-def failing(ask: Helper, counts: dict[str, int]) -> dict[str, Any]:
-    """Let the disk fail at every write of every change, in each way."""
+def failing(ask: Helper, writes: list[tuple[str, int]]) -> dict[str, Any]:
+    """Let the disk fail at some writes of every change, in each way."""
     found = {}
     for error, stays in product((errno.ENOSPC, errno.EIO), (False, True)):
         name = f"{errno.errorcode[error]}, {'that write and all after it' if stays else 'that write'}"
         tally, passed = Tally(name), Counter[str]()
-        for change, number in each_write(counts, 1):
+        for change, number in writes:
             judged = ask(change=change, fail_at=number, error=error, stays=stays)
             if not judged["said"]:
                 passed[judged["failed"].split()[0]] += 1
@@ -340,7 +339,7 @@ def draw(files: tuple[Path, ...], seed: int) -> tuple[list[Document], list[Docum
     return short, [replace(each, text=each.text[:4000]) for each in permissive]
 
 
-def torture(patient: Patient, kills: int, seed: int) -> dict[str, Any]:
+def torture(patient: Patient, kills: int, stride: int, seed: int) -> dict[str, Any]:
     """All of it."""
     maker = FORKING.Process(target=patient.create, args=(patient.root / "store",))
     maker.start()
@@ -358,9 +357,10 @@ def torture(patient: Patient, kills: int, seed: int) -> dict[str, Any]:
     result["files_with_bytes_that_no_write_was_seen_of"] = {
         change: each["unseen"] for change, each in undisturbed.items()
     }
-    result["failing_writes"] = failing(ask, counts)
+    writes = [(change, number) for change, count in counts.items() for number in range(1, count + 1, stride)]
+    result["failing_writes"] = failing(ask, writes)
     ask.close()
-    result["killed_at_each_write"] = killed_at_each_write(patient, helper, counts)
+    result["killed_at_writes"] = killed_at_writes(patient, helper, writes)
     helper.close()
     return result
 
@@ -378,8 +378,9 @@ def all_wrong(value: Any) -> list[str]:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--kills", default=300, show_default=True, help="At random moments, over all changes.")
+@click.option("--stride", default=1, show_default=True, help="Of so many writes one fails.")
 @click.option("--seed", default=0, show_default=True)
-def main(files: tuple[Path, ...], model: Path, kills: int, seed: int) -> None:
+def main(files: tuple[Path, ...], model: Path, kills: int, stride: int, seed: int) -> None:
     """Torture, and print one JSON document."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -391,7 +392,7 @@ def main(files: tuple[Path, ...], model: Path, kills: int, seed: int) -> None:
             code = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
             sys.exit(code)
         begin = time.perf_counter()
-        result = torture(Patient(root, model, *draw(files, seed)), kills, seed)
+        result = torture(Patient(root, model, *draw(files, seed)), kills, stride, seed)
         seconds = time.perf_counter() - begin
     report = {
         "machine": machine(),
