@@ -232,7 +232,7 @@ def remove(
     alike = {row["id"] for row in store.near_duplicates(store.affected(selection(kind, named)))}
     if kind == "duplicates":
         gone |= alike
-    unique = Unique(store.tokenizer, proof.with_keys(chosen), proof.with_keys(sorted(held - gone)))
+    unique = Unique(store.tokenizer, proof.with_keys(chosen), proof.with_keys(sorted(held - gone)), store.path)
     before, words_before = unique.in_files(store.path), unique.in_lucene(store.path)
     receipt = store.remove(selection(kind, named), duplicates="remove" if kind == "duplicates" else "ignore")
     after, words_after = unique.in_files(store.path), unique.in_lucene(store.path)

@@ -38,12 +38,20 @@ class Unique:
         tokenizer: Tokenizer,
         going: Sequence[tuple[Document, Encoded, np.ndarray]],
         staying: Sequence[tuple[Document, Encoded, np.ndarray]],
+        store: Path,
     ) -> None:
-        """Documents come with what a shard holds of them and with their keys, (n, dimension) float32."""
+        """Documents come with what a shard holds of them and with their keys, (n, dimension) float32.
+
+        ``store`` tells which words are names of fields in the store's own JSON.
+        """
         self._tokenizer = tokenizer
         of_others = "\n".join(each.full_text for each, _, _ in staying)
         # Receipts and log may hold ids, owners and sources for ever, also of what went.
-        known = [tokenizer.to_str(), *(f"{each.id} {each.owner} {each.source}" for each, _, _ in going)]
+        known = [
+            tokenizer.to_str(),
+            *_field_names(store),
+            *(f"{each.id} {each.owner} {each.source}" for each, _, _ in going),
+        ]
         self._kept = "\n".join([of_others, *(each.title for each, _, _ in staying), *known]).lower()
         self.words = self._words(going)
         self.needles: dict[str, set[bytes]] = {}
@@ -111,6 +119,12 @@ class Unique:
             reader.close()
             files.close()
         return +found
+
+
+def _field_names(root: Path) -> set[str]:
+    """What stands before a colon in quotation marks, in any file."""
+    data = (path.read_bytes() for path in root.rglob("*") if path.is_file())
+    return {name.decode() for each in data for name in re.findall(rb'"([a-z_0-9]+)":', each)}
 
 
 def _runs(tokens: np.ndarray) -> set[tuple[int, ...]]:

@@ -263,7 +263,7 @@ def run_victim(patient: Patient, change: str, *, seconds: float | None = None, f
 def killed_at_random(patient: Patient, judge: Helper, kills: int, seed: int) -> dict[str, Any]:
     """Kill at moments drawn evenly over the time that each change takes."""
     rng = random.Random(seed)
-    takes = {change: max(run_victim(patient, change)[1] for _ in range(3)) for change in CHANGES}
+    takes = {change: max(run_victim(patient, change)[1] for _ in range(3 if kills else 1)) for change in CHANGES}
     tally, done = Tally("killed"), 0
     while done < kills:
         change = CHANGES[done % len(CHANGES)]
@@ -306,13 +306,15 @@ class Tally:
         return {"states": {change: dict(each) for change, each in self._states.items()}, "wrong": self._wrong}
 
 
-def failing(ask: Helper, writes: list[tuple[str, int]]) -> dict[str, Any]:
-    """Let the disk fail at some writes of every change, in each way."""
-    found = {}
-    for error, stays in product((errno.ENOSPC, errno.EIO), (False, True)):
+def failing(ask: Helper, writes: list[tuple[str, int]], stride: int) -> dict[str, Any]:
+    """Let the disk fail at every write, in each of four ways; at one in ``stride`` of these occasions."""
+    found: dict[str, Any] = {}
+    ways = list(product((errno.ENOSPC, errno.EIO), (False, True)))
+    occasions = [(way, write) for way in ways for write in writes][stride - 1 :: stride]
+    for error, stays in ways:
         name = f"{errno.errorcode[error]}, {'that write and all after it' if stays else 'that write'}"
         tally, passed = Tally(name), Counter[str]()
-        for change, number in writes:
+        for change, number in [write for way, write in occasions if way == (error, stays)]:
             judged = ask(change=change, fail_at=number, error=error, stays=stays)
             if not judged["said"]:
                 passed[judged["failed"].split()[0]] += 1
@@ -345,22 +347,20 @@ def torture(patient: Patient, kills: int, stride: int, seed: int) -> dict[str, A
     maker.start()
     maker.join()
     judge = Judge(patient)
-    helper = Helper(lambda change, verify: judge(change, verify=verify))
+    helper = Helper(lambda **request: let_down(patient, judge, **request) if "error" in request else judge(**request))
     result: dict[str, Any] = {"killed_at_random_moments": killed_at_random(patient, helper, kills, seed)}
     if patient.disk is None:
         helper.close()
         return {**result, "skipped": "no C compiler: no failing writes, no kills at each write"}
-    ask = Helper(lambda **request: let_down(patient, judge, **request))
-    undisturbed = {change: ask(change=change, fail_at=0, error=0, stays=False) for change in CHANGES}
+    undisturbed = {change: helper(change=change, fail_at=0, error=0, stays=False) for change in CHANGES}
     counts = {change: each["count"] for change, each in undisturbed.items()}
     result["writes"] = counts
     result["files_with_bytes_that_no_write_was_seen_of"] = {
         change: each["unseen"] for change, each in undisturbed.items()
     }
-    writes = [(change, number) for change, count in counts.items() for number in range(1, count + 1, stride)]
-    result["failing_writes"] = failing(ask, writes)
-    ask.close()
-    result["killed_at_writes"] = killed_at_writes(patient, helper, writes)
+    writes = [(change, number) for change, count in counts.items() for number in range(1, count + 1)]
+    result["failing_writes"] = failing(helper, writes, stride)
+    result["killed_at_writes"] = killed_at_writes(patient, helper, writes[stride - 1 :: stride])
     helper.close()
     return result
 
@@ -378,7 +378,7 @@ def all_wrong(value: Any) -> list[str]:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--kills", default=300, show_default=True, help="At random moments, over all changes.")
-@click.option("--stride", default=1, show_default=True, help="Of so many writes one fails.")
+@click.option("--stride", default=1, show_default=True, help="One in so many writes fails.")
 @click.option("--seed", default=0, show_default=True)
 def main(files: tuple[Path, ...], model: Path, kills: int, stride: int, seed: int) -> None:
     """Torture, and print one JSON document."""
