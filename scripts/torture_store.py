@@ -9,9 +9,10 @@ An add, the removal of an owner and that of a document are made on copies of a s
 - let down by the disk at each write in turn (ENOSPC, EIO; that one write, or all from there on).
 
 Each time the store must open, answer as before or as after the change, verify, and take the next change; and after
-that hold the very files that a store has to which nothing ever happened. The last two need a C compiler: writes are
-counted by ``failing_writes.c``, which sees Java's too. What a power cut does to writes that were not synced cannot be
-seen so: a kill leaves the kernel's cache as it is.
+that hold the very files of a store to which nothing ever happened. And one bit is flipped in every file of the store
+in turn, which ``verify`` must name. Writes are counted by ``failing_writes.c``, which sees Java's too; without a C
+compiler there are only kills at random moments. What a power cut does to writes that were not synced cannot be seen
+here: a kill leaves the kernel's cache as it is.
 
 Prints one JSON document: machine, command, commit, seed, data hash, result. Exits with 1 if anything was wrong.
 """
@@ -45,7 +46,7 @@ from datastore import groups, jvm
 from datastore.control import ControlPlane
 from datastore.store import Selection, Store
 from silo.documents import Document
-from silo.errors import SiloError
+from silo.errors import IntegrityError, SiloError
 from silo.files import canonical_json, sha256, sha256_file
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
@@ -323,6 +324,28 @@ def failing(ask: Helper, writes: list[tuple[str, int]], stride: int) -> dict[str
     return found
 
 
+def flipped(patient: Patient, seed: int) -> dict[str, Any]:
+    """Flip one random bit of every file of a store, one after the other: ``verify`` must name the file."""
+    rng, wrong = random.Random(seed), []
+    patient.renew()
+    files = [path for path in sorted(patient.work.rglob("*")) if path.is_file() and path.stat().st_size]
+    for path in files:
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        said = ""
+        try:
+            Store.open(patient.work).verify()
+        except IntegrityError as error:
+            said = str(error)
+        if str(path) not in said:
+            wrong.append(f"a flipped bit in {path.relative_to(patient.work)}: {said or 'nothing was said'}")
+        path.write_bytes(good)
+    Store.open(patient.work).verify()
+    return {"files": len(files), "names": sorted({path.name for path in files}), "wrong": wrong}
+
+
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -348,7 +371,10 @@ def torture(patient: Patient, kills: int, stride: int, seed: int) -> dict[str, A
     maker.join()
     judge = Judge(patient)
     helper = Helper(lambda **request: let_down(patient, judge, **request) if "error" in request else judge(**request))
-    result: dict[str, Any] = {"killed_at_random_moments": killed_at_random(patient, helper, kills, seed)}
+    result: dict[str, Any] = {
+        "flipped_bits": flipped(patient, seed),
+        "killed_at_random_moments": killed_at_random(patient, helper, kills, seed),
+    }
     if patient.disk is None:
         helper.close()
         return {**result, "skipped": "no C compiler: no failing writes, no kills at each write"}

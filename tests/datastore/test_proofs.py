@@ -1,6 +1,7 @@
 """The recorded proofs, on small stores: each holds, and each fails where it should."""
 
 import importlib
+import itertools
 import json
 import random
 import shutil
@@ -10,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from datastore import groups, knn, sketches
+from datastore.store import Selection
 from silo.sources import open_source
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -110,3 +114,51 @@ def test_torture(model_dir, tmp_path):
     assert min(result["writes"].values()) > 30
     states = [each for way in result["failing_writes"].values() for each in way["states"].values()]
     assert {name for each in states for name in each} == {"before", "after"}
+
+
+@settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # the stores' names are unique
+)
+@given(data=st.data())
+def test_any_history_gives_the_store_of_what_remains(make_store, mixed, model, answers, fresh_answers, data):
+    """Adding and removing in any order, with groups of any size, ends at the store that was built of what remains."""
+    store = make_store(f"store-{next(STORES)}")
+    bound = data.draw(st.sampled_from([1, 2500, 4_000_000]), label="group tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "GROUP_TOKENS", bound)
+        for _ in range(data.draw(st.integers(2, 5), label="changes")):
+            absent = [document for document in mixed if document.id not in ids_of(store)]
+            if absent and data.draw(st.booleans() if ids_of(store) else st.just(True), label="add"):
+                store.add(data.draw(st.lists(st.sampled_from(absent), min_size=1, unique=True), label="added"), model)
+            else:
+                shard, row = data.draw(
+                    st.sampled_from([(name, row) for name in store.rows() for row in store.rows()[name]])
+                )
+                named = {
+                    "documents": row.id,
+                    "sources": row.source,
+                    "owners": row.owner,
+                    "licenses": "GPL-*",
+                    "shards": shard,
+                }
+                kind = data.draw(st.sampled_from(sorted(named)), label="named by")
+                alike = data.draw(st.sampled_from(["ignore", "report", "remove"]), label="near-duplicates")
+                store.remove(Selection(**{kind: (named[kind],)}), duplicates=alike)
+        assert answers(store) == fresh_answers(ids_of(store))
+        assert all(len(group.shards) == 1 or tokens_of(store, group) <= bound for group in store.manifest.groups)
+        store.verify()
+
+
+STORES = itertools.count()
+
+
+def tokens_of(store, group):
+    return sum(store.manifest.shards[name].tokens for name in group.shards)
+
+
+def ids_of(store):
+    return {row.id for rows in store.rows().values() for row in rows}
