@@ -2,7 +2,7 @@
 
 Sought are the traces that a document alone has, that no other document of the store shares: runs of eight tokens as
 16-bit and 32-bit numbers in both byte orders; their text and that of eight words in UTF-8 and UTF-16; its title; its
-words, as bytes from the third letter on (Lucene shares the beginnings of words) and by Lucene's own interface; the
+long words, as bytes from the third letter on (Lucene shares the beginnings of words) and by Lucene's own interface; the
 hashes of its shingles; its codes; its keys in single and half precision. It knows no file's name or layout.
 """
 
@@ -25,6 +25,8 @@ RUN = 8
 """Tokens, or words, in a row."""
 SHORTEST = 6
 """Bytes of the shortest trace that is sought."""
+LONG_WORD = 11
+"""Letters. Lucene writes the ends of words without a gap, so that the end of a shorter one may come of two others."""
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be")
 CHUNK = 1 << 22
 _LUCENE = "org.apache.lucene."
@@ -83,7 +85,8 @@ class Unique:
             yield f"text of tokens {encoding}", [each.encode(encoding) for each in whole]
             yield f"words {encoding}", [each.encode(encoding) for each in words if each.lower() not in self._kept]
         yield "title", [each.title.encode() for each, _, _ in going if each.title.lower() not in self._kept]
-        yield "a word's end", [word[2:].encode() for word in self.words if word[2:] not in self._kept]
+        ends = [word[2:] for word in self.words if len(word) >= LONG_WORD]
+        yield "a word's end", [end.encode() for end in ends if end not in self._kept]
         kinds = {
             "shingles": lambda document, encoded, keys: sample(document.full_text).astype("<u8"),
             "codes": lambda document, encoded, keys: encoded.codes,
