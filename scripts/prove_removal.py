@@ -90,6 +90,7 @@ class Proof:
         shutil.rmtree(maker.path)
         asked = documents[:: max(1, len(documents) // 12)]
         self.texts = [Text(document, lm.tokenize(document)[:96]) for document in asked]
+        self.fresh_stores = 0
         self.queries = [document.text[at : at + 200] for document in asked for at in (100, 600)]
 
     def create(self, name: str) -> Store:
@@ -102,8 +103,10 @@ class Proof:
         return np.concatenate([self.lm.keys(self.lm.tokenize(self.documents[each])) for each in sorted(ids)])
 
     def fresh(self, ids: Iterable[str], rng: random.Random, group_tokens: int) -> Store:
-        """A store built in one addition, in random order."""
-        store = self.create("fresh")
+        """A store built in one addition, in random order, in a new place: nothing of it can be remembered."""
+        self.fresh_stores += 1
+        shutil.rmtree(self.root / f"fresh {self.fresh_stores - 1}", ignore_errors=True)
+        store = self.create(f"fresh {self.fresh_stores}")
         shuffled = sorted(ids)
         rng.shuffle(shuffled)
         with grouped(group_tokens):
