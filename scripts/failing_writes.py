@@ -63,10 +63,6 @@ class Disk:
         self._log.write_bytes(b"")
         self._map[:] = _LAYOUT.pack(0, fail_at, error, stays, b"", os.fsencode(root.absolute()))
 
-    def leave(self) -> None:
-        """Count no more, and let nothing fail."""
-        self._map[:] = bytes(_LAYOUT.size)
-
     @property
     def count(self) -> int:
         """Operations since :meth:`watch`."""
