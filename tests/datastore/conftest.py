@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -67,3 +68,32 @@ def answers(model, documents):
         }
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def mixed(documents):
+    """Seven documents of four shards: three owners with two sources, and a source without an owner."""
+    chosen = [
+        replace(document, source="web" if number % 3 else "mail") for number, document in enumerate(documents[:6])
+    ]
+    return [*chosen, replace(documents[6], id="nobody's", owner="", source="found")]
+
+
+@pytest.fixture(scope="session")
+def fresh_answers(model, model_dir, control, answers, mixed, tmp_path_factory):
+    """A function that says what a store answers that was built in one go of some of the documents, by their ids."""
+    from datastore.store import Store
+
+    known = {}
+
+    def of(ids):
+        ids = frozenset(ids)
+        if ids not in known:
+            path = tmp_path_factory.mktemp("fresh") / "store"
+            store = Store.create(path, model, model_dir / "tokenizer.json", control)
+            if ids:
+                store.add([document for document in mixed if document.id in ids], model)
+            known[ids] = answers(store)
+        return known[ids]
+
+    return of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datastore import groups
@@ -23,33 +23,6 @@ from silo.errors import DataError, LicenseError, UsageError
 ROOT = Path(__file__).resolve().parents[2]
 RUN = 8
 """Tokens in a row that count as a trace of a document."""
-
-
-@pytest.fixture(scope="session")
-def mixed(documents):
-    """Seven documents of four shards: three owners with two sources, and a source without an owner."""
-    chosen = [
-        replace(document, source="web" if number % 3 else "mail") for number, document in enumerate(documents[:6])
-    ]
-    return [*chosen, replace(documents[6], id="nobody's", owner="", source="found")]
-
-
-@pytest.fixture(scope="session")
-def fresh_answers(model, model_dir, control, answers, mixed, tmp_path_factory):
-    """A function that says what a store answers that was built in one go of some of the documents, by their ids."""
-    known = {}
-
-    def of(ids):
-        ids = frozenset(ids)
-        if ids not in known:
-            path = tmp_path_factory.mktemp("fresh") / "store"
-            store = Store.create(path, model, model_dir / "tokenizer.json", control)
-            if ids:
-                store.add([document for document in mixed if document.id in ids], model)
-            known[ids] = answers(store)
-        return known[ids]
-
-    return of
 
 
 def ids_of(store):
@@ -84,42 +57,6 @@ def test_removed_is_never_added(make_store, mixed, answers, fresh_answers, selec
     assert answers(store) == answers(Store.open(store.path)) == fresh_answers(remaining) != everything
     assert {row["id"] for row in receipt.content["documents"]} == {document.id for document in mixed} - remaining
     store.verify()
-
-
-@settings(
-    max_examples=6,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # the stores' names are unique
-)
-@given(data=st.data())
-def test_any_history_gives_the_store_of_what_remains(make_store, mixed, model, answers, fresh_answers, data):
-    """Adding and removing in any order, with groups of any size, ends at the store that was built of what remains."""
-    store = make_store(f"store-{next(STORES)}")
-    bound = data.draw(st.sampled_from([1, 2500, 4_000_000]), label="group tokens")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "GROUP_TOKENS", bound)
-        for _ in range(data.draw(st.integers(2, 5), label="changes")):
-            absent = [document for document in mixed if document.id not in ids_of(store)]
-            if absent and data.draw(st.booleans() if ids_of(store) else st.just(True), label="add"):
-                store.add(data.draw(st.lists(st.sampled_from(absent), min_size=1, unique=True), label="added"), model)
-            else:
-                row = data.draw(st.sampled_from([row for rows in store.rows().values() for row in rows]))
-                kind, name = data.draw(
-                    st.sampled_from([("documents", row.id), ("sources", row.source), ("owners", row.owner)])
-                )
-                store.remove(Selection(**{kind: (name,)}))
-        assert answers(store) == fresh_answers(ids_of(store))
-        assert all(len(group.shards) == 1 or tokens_of(store, group) <= bound for group in store.manifest.groups)
-        store.verify()
-
-
-STORES = itertools.count()
-
-
-def tokens_of(store, group):
-    return sum(store.manifest.shards[name].tokens for name in group.shards)
 
 
 def test_order_of_adding_leaves_no_trace(make_store, mixed, model, answers):
