@@ -173,7 +173,48 @@ def remove(
     receipt = opened.remove(selection, reason=reason, duplicates=wanted, key=signing)
     alike = receipt.content.get("near_duplicates", [])
     left = [] if with_duplicates else [row["id"] for row in alike]
-    return {**change(opened.path, receipt.path, receipt.content), "near_duplicates_left": left}
+    copies = {"exports": receipt.content["exports"]} if "exports" in receipt.content else {}
+    return {**change(opened.path, receipt.path, receipt.content), "near_duplicates_left": left, **copies}
+
+
+@datastore.command()
+@STORE
+@click.option("--shard", required=True, metavar="NAME", help="The shard to write; `silo datastore list` names them.")
+@click.option("--out", "file", required=True, type=PATH, metavar="FILE", help="Must not be there yet.")
+@click.option("--reason", default="", help="Why; kept in the receipt and the log.")
+@KEY
+@reports(render_pairs)
+def export(store: Path, shard: str, file: Path, reason: str, key: Path | None) -> dict[str, Any]:
+    """Write a shard as one file for another store of the same model and control plane.
+
+    The log keeps that it was, and a later removal of its documents names the export: a copy that it cannot reach.
+
+    Example: silo datastore export STORE --shard 'Jeff Forcier' --out forcier.shard
+    """
+    from datastore.signing import load_key
+    from datastore.store import Store
+
+    signing = load_key(key) if key else None
+    receipt = Store.open(store).export(shard, file, reason=reason, key=signing)
+    return {**change(store, receipt.path, receipt.content), "file": str(file)}
+
+
+@datastore.command("import")
+@STORE
+@click.argument("file", type=PATH)
+@KEY
+@reports(render_pairs)
+def take_in(store: Path, file: Path, key: Path | None) -> dict[str, Any]:
+    """Add the documents of an exported shard; no model is needed.
+
+    Example: silo datastore import STORE forcier.shard
+    """
+    from datastore.signing import load_key
+    from datastore.store import Store
+
+    signing = load_key(key) if key else None
+    receipt = Store.open(store).take_in(file, key=signing)
+    return change(store, receipt.path, receipt.content)
 
 
 def render_shards(value: dict[str, Any]) -> None:

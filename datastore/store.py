@@ -35,6 +35,7 @@ from datastore.control import ControlPlane, describe
 from datastore.groups import build_group, first_free_row, regroup
 from datastore.history import Receipt
 from datastore.integrity import refuse_strays, verify_directory
+from datastore.interchange import read_export, write_export
 from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, Encoded, Shard, write_shard
@@ -189,6 +190,61 @@ class Store(Snapshot):
         lists, codes = (np.concatenate(each) for each in zip(*parts, strict=True))
         return Encoded.make(document, tokens.astype(token_type(model.vocab_size)), lists, codes)
 
+    def export(self, name: str, file: Path, *, reason: str = "", key: Ed25519PrivateKey | None = None) -> Receipt:
+        """Write a shard as one file, for another store of the same model and control plane; the log keeps that it was.
+
+        Args:
+            name: the shard's.
+            file: must not be there yet.
+            reason: why, for receipt and log.
+            key: signs the receipt.
+
+        Raises:
+            UsageError: there is no such shard, or there is such a file.
+            IntegrityError: the shard is damaged.
+        """
+        with self._writing():
+            rows = self.affected(Selection(shards=(name,)))
+            entry = self.manifest.shards[name]
+            verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
+            write_export(self.path / "shards" / entry.directory, entry, name, file)
+            try:
+                return self._commit({}, "export", rows, request={"shards": [name]}, reason=reason, key=key)
+            except BaseException:
+                file.unlink()
+                raise
+
+    def take_in(self, file: Path, *, key: Ed25519PrivateKey | None = None) -> Receipt:
+        """Add the documents of a shard that another store has exported, with no call of the model.
+
+        Raises:
+            UsageError: there is no such file.
+            StoreError: it is of another model or control plane.
+            DataError: it is no exported shard, or one of its documents is in the store already.
+            IntegrityError: it is damaged.
+        """
+        with self._writing():
+            directory = self.path / "shards" / ".import"  # which the next writer collects
+            directory.mkdir()
+            shard = Shard.read(directory, read_export(file, directory))
+            made_by = json.loads((directory / "shard.json").read_bytes())
+            if (made_by["model"], made_by["control"]) != (self.manifest.model["fingerprint"], self.manifest.control):
+                raise StoreError(
+                    f"{file} was exported by a store of another model or control plane; encode its text anew"
+                )
+            self.require_addable(shard.rows)
+            return self._insert(shard.documents(), key)
+
+    def _exports_of(self, ids: set[str]) -> list[str]:
+        """The receipts of exports that held any of some documents: copies that a removal here does not reach."""
+        found = []
+        for line in self.log():
+            if line["operation"] == "export":
+                receipt = history.load(self.path / "receipts" / line["receipt"], line["receipt_sha256"])
+                if not ids.isdisjoint(row["id"] for row in receipt.content["documents"]):
+                    found.append(line["receipt"])
+        return found
+
     def remove(
         self,
         selection: Selection,
@@ -227,7 +283,9 @@ class Store(Snapshot):
                     [] if whole else [each for each in self.shard(name).documents() if each.document.id not in ids]
                 )
                 changed[name] = staying or None
-            told = {"near_duplicates": alike} if duplicates != "ignore" else {}
+            told: dict[str, Any] = {"near_duplicates": alike} if duplicates != "ignore" else {}
+            if exports := self._exports_of(ids):
+                told["exports"] = exports
             return self._commit(
                 changed, "remove", going, request=selection.request(), reason=reason, told=told, key=key
             )

@@ -1,0 +1,107 @@
+"""A shard as one file, to hand to another store of the same model and control plane.
+
+The file is a tar archive of the shard's own files behind a sealed ``export.json`` that says what it is. Equal shards
+give equal files: owners, times and permissions of the archive's members are fixed. Nothing is encoded anew on the way,
+and the hash of the shard, which the seal holds, covers every byte.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from datastore.integrity import read_sealed, sealed
+from datastore.manifest import ShardEntry
+from datastore.shard import ARRAYS
+from silo.errors import DataError, IntegrityError, UsageError
+from silo.files import sync_directory
+
+FORMAT = 1
+ABOUT = "export.json"
+INDEX = "shard.json"
+FILES = {INDEX, "documents.jsonl", *(f"{name}.npy" for name in ARRAYS)}
+
+
+def write_export(directory: Path, entry: ShardEntry, name: str, file: Path) -> None:
+    """Write a shard's files into one file, which is whole or absent.
+
+    Raises:
+        UsageError: there is such a file already.
+    """
+    if file.exists():
+        raise UsageError(f"{file} exists already; choose another name")
+    files = sorted(json.loads((directory / INDEX).read_bytes())["files"])
+    about = sealed({"format": FORMAT, "shard": name, "hash": entry.hash, "files": [INDEX, *files]})
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with open(temporary, "wb") as raw:
+            with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                archive.addfile(_member(ABOUT, len(about)), io.BytesIO(about))
+                for each in (INDEX, *files):
+                    with open(directory / each, "rb") as source:
+                        archive.addfile(_member(each, os.fstat(source.fileno()).st_size), source)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(file.parent)
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member
+
+
+def read_export(file: Path, directory: Path) -> str:
+    """Unpack an exported shard into an empty directory, and return the hash that the shard must have.
+
+    What is unpacked is not checked yet: reading the shard by its hash does that.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: it is no exported shard, or not a whole one.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist or is not a file; expected what `silo datastore export` wrote")
+    try:
+        with tarfile.open(file, mode="r:") as archive:
+            members = {member.name: member for member in archive if member.isreg()}
+            about = _unpacked(archive, members, ABOUT, directory)
+            for name in about["files"]:
+                with open(directory / name, "wb") as target:
+                    shutil.copyfileobj(_opened(archive, members, name), target)
+    except (tarfile.TarError, KeyError, EOFError) as error:
+        raise DataError(f"{file} is no exported shard, or not a whole one ({error}); export it again") from None
+    (directory / ABOUT).unlink()
+    return str(about["hash"])
+
+
+def _unpacked(
+    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str, directory: Path
+) -> dict[str, Any]:
+    """What the archive says of itself."""
+    (directory / name).write_bytes(_opened(archive, members, name).read())
+    try:
+        about = read_sealed(directory / name)
+    except IntegrityError:
+        raise tarfile.TarError(f"its {name} is damaged") from None
+    if about["format"] != FORMAT:
+        raise tarfile.TarError(f"it has format {about['format']}, this version reads {FORMAT}")
+    if not set(about["files"]) <= FILES:  # so that no name leads out of the directory
+        raise tarfile.TarError("it names files that no shard has")
+    return about
+
+
+def _opened(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Any:
+    found = archive.extractfile(members[name])
+    if found is None:
+        raise tarfile.TarError(f"{name} is missing")
+    return found

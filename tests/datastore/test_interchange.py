@@ -1,0 +1,130 @@
+"""A shard as one file: exported, taken in elsewhere, and remembered."""
+
+import json
+import tarfile
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from datastore.control import ControlPlane
+from datastore.integrity import sealed
+from datastore.store import Selection, Store
+from silo.cli import main
+from silo.errors import DataError, IntegrityError, StoreError, UsageError
+
+
+@pytest.fixture
+def few(documents):
+    """Six short documents of three owners."""
+    return [replace(document, text=document.text[:500]) for document in documents[:6]]
+
+
+@pytest.fixture
+def exported(make_store, few, tmp_path):
+    """A store, and Ada's shard of it as a file."""
+    store = make_store("from", few)
+    store.export("Ada", tmp_path / "ada.shard", reason="moved")
+    return store, tmp_path / "ada.shard"
+
+
+def test_what_comes_in_is_what_was_added(exported, make_store, few, answers):
+    """A store that takes the file in is in hash and answers the store to which the documents were added."""
+    _, file = exported
+    others = [document for document in few if document.owner != "Ada"]
+    store = make_store("to", others)
+    store.take_in(file)
+    store = Store.open(store.path)
+    assert store.verify()["verified"]
+    assert answers(store) == answers(make_store("fresh", few))
+
+
+def test_export_changes_no_answer_and_is_in_the_log(exported, make_store, few):
+    """The exporting store keeps its hash; its log says what was exported and why; it verifies."""
+    store, _ = exported
+    store = Store.open(store.path)
+    assert store.hash == make_store("same", few).hash
+    last = store.log()[-1]
+    assert (last["operation"], last["reason"]) == ("export", "moved")
+    assert store.verify()["changes"] == 2
+
+
+def test_equal_shards_give_equal_files(exported, make_store, few, tmp_path):
+    """The bytes of the file depend on the shard alone."""
+    make_store("again", list(reversed(few))).export("Ada", tmp_path / "again.shard")
+    assert (tmp_path / "again.shard").read_bytes() == exported[1].read_bytes()
+
+
+def test_removal_names_the_exports_that_it_cannot_reach(exported, few):
+    """Removing an exported document names the export's receipt; removing another names none."""
+    store, _ = exported
+    ada = next(document for document in few if document.owner == "Ada")
+    other = next(document for document in few if document.owner != "Ada")
+    assert "exports" not in store.remove(Selection(documents=(other.id,))).content
+    assert store.remove(Selection(documents=(ada.id,))).content["exports"] == ["000002-export.json"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_damage_is_found_and_leaves_the_store_as_it_was(exported, make_store, tmp_path, bytes_of, share):
+    """A flipped byte, or a missing end, is an error that names the file, and nothing is taken in."""
+    data = exported[1].read_bytes()
+    at = int(share * (len(data) - 20_000))  # the end of a tar is padding
+    store = make_store("to", [])
+    before = bytes_of(store.path)
+    for number, bad in enumerate((data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :], data[:at])):
+        file = tmp_path / f"bad-{number}"
+        file.write_bytes(bad)
+        with pytest.raises((DataError, IntegrityError)):
+            Store.open(store.path).take_in(file)
+        assert bytes_of(store.path) == before
+
+
+def test_archive_cannot_write_elsewhere(make_store, tmp_path):
+    """An archive whose list names a path is refused before anything of it is unpacked."""
+    path = tmp_path / "evil"
+    about = sealed({"format": 1, "shard": "x", "hash": "0" * 64, "files": ["../../evil.txt"]})
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("export.json", about), ("../../evil.txt", b"gotcha")):
+            source = tmp_path / "source"
+            source.write_bytes(data)
+            archive.add(source, arcname=name)
+    with pytest.raises(DataError, match="names files that no shard has"):
+        make_store("to", []).take_in(path)
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_shard_of_another_control_plane_is_refused(exported, model, model_dir, tmp_path):
+    """Codes of another control plane are not mixed in."""
+    other = Store.create(
+        tmp_path / "other", model, model_dir / "tokenizer.json", ControlPlane.unfitted(model.key_spec.dimension)
+    )
+    with pytest.raises(StoreError, match="another model or control plane"):
+        other.take_in(exported[1])
+
+
+def test_wrong_use_is_told(exported, make_store, tmp_path):
+    """A file that is there, a shard that is not, documents that are present already: one line each."""
+    store, file = exported
+    with pytest.raises(UsageError, match="exists already"):
+        store.export("Ada", file)
+    with pytest.raises(UsageError, match="no shard 'Nobody' is in the store"):
+        store.export("Nobody", tmp_path / "nobody")
+    with pytest.raises(UsageError, match="does not exist"):
+        store.take_in(tmp_path / "absent")
+    with pytest.raises(DataError, match="is in shard 'Ada' already"):
+        store.take_in(file)
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_commands(exported, make_store, tmp_path):
+    """`export` and `import` print what moved."""
+    store, _ = exported
+    target = make_store("to", [])
+    run = CliRunner().invoke(
+        main,
+        ["datastore", "export", str(store.path), "--shard", "Grace", "--out", str(tmp_path / "g"), "--json"],
+    )
+    assert json.loads(run.stdout)["file"] == str(tmp_path / "g")
+    run = CliRunner().invoke(main, ["datastore", "import", str(target.path), str(tmp_path / "g"), "--json"])
+    assert json.loads(run.stdout)["shards"] == ["Grace"]
+    assert run.exit_code == 0
