@@ -38,7 +38,7 @@ from datastore.groups import regroup
 from datastore.keys import KeyGroup, write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.ngrams import NgramIndex
-from datastore.shard import Encoded, Shard
+from datastore.shard import Encoded, write_shard
 from datastore.suffixes import Suffixes, write_suffixes
 from silo.documents import Document
 from silo.files import sha256
@@ -179,7 +179,10 @@ def index(groups: list[list[list[Encoded]]], root: Path) -> NgramIndex:
         directory = root / str(number)
         for part in ("keys", "suffixes"):
             (directory / part).mkdir(parents=True)
-        shards = [Shard.build(documents) for documents in of_group]
+        shards = []
+        for at, documents in enumerate(of_group):
+            (directory / str(at)).mkdir()
+            shards.append(write_shard(directory / str(at), documents, context={})[1])
         rows = [each for shard in shards for each in shard.rows]
         write_keys(directory / "keys", shards, lists=1, first_row=row)
         write_suffixes(directory / "suffixes", shards)

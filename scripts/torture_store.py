@@ -44,7 +44,7 @@ from recording import commit, files_hash, machine
 
 from datastore import groups, jvm
 from datastore.control import ControlPlane
-from datastore.store import Selection, Store
+from datastore.store import SPOOL, Selection, Store
 from silo.documents import Document
 from silo.errors import IntegrityError, SiloError
 from silo.files import canonical_json, sha256, sha256_file
@@ -113,8 +113,8 @@ class Patient:
 
 
 def picture(path: Path) -> dict[str, str]:
-    """The hash of every file below a directory, by its name there."""
-    files = (file for file in sorted(path.rglob("*")) if not file.is_dir())
+    """The hash of every file of a store, by its name there; an unfinished add's spool is no part of it."""
+    files = (file for file in sorted(path.rglob("*")) if not file.is_dir() and file.parent != path / SPOOL)
     return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
 
 

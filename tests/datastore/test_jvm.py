@@ -145,7 +145,8 @@ from datastore import jvm
 jvm.start()
 try:
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
+    for _ in range(500):  # another thread may take the signal, which then does not end a sleep of this one
+        time.sleep(0.01)
 except KeyboardInterrupt:
     print("cleaned up")
 """
