@@ -64,7 +64,6 @@ def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, siz
     capacity = np.asarray(_capacity(sizes))
     ends = np.cumsum(sizes)
     begins, places = ends - sizes, np.concatenate([[0], np.cumsum(capacity * (width + _ROW_BYTES))])
-    file.truncate(int(places[-1]))
     at_once = max(1, GATHERED_BYTES // width)
     for start in range(0, len(order), at_once):
         rows = order[start : start + at_once]
@@ -73,10 +72,11 @@ def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, siz
         for number in range(int(first), int(last) + 1):
             low, high = max(start, int(begins[number])), min(stop, int(ends[number]))
             of, into = slice(low - start, high - start), low - int(begins[number])
+            padding = int(capacity[number] - sizes[number]) if high == ends[number] else 0
             file.seek(int(places[number]) + into * width)
-            file.write(codes[of].data)
+            file.write(codes[of].tobytes() + bytes(padding * width))
             file.seek(int(places[number]) + int(capacity[number]) * width + into * _ROW_BYTES)
-            file.write((first_row + rows[of]).data)
+            file.write((first_row + rows[of]).tobytes() + bytes(padding * _ROW_BYTES))
 
 
 def _gather(shards: Sequence[Shard], rows: np.ndarray) -> np.ndarray:

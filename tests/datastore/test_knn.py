@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from datastore import keys
 from datastore.control import ControlPlane
 from datastore.keys import KeyGroup, id_hash, write_keys
 from datastore.knn import NeighbourIndex
@@ -154,6 +155,21 @@ def test_shards_and_order_of_adding_leave_no_trace(index_of, encoded, plane):
                 found = index_of(shards, to_a_group=to_a_group).search(queries, 40)
                 assert same_answers(found, expected)
                 assert same_answers(index_of(shards[::-1], to_a_group=to_a_group).search(queries, 40), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 5000])
+def test_lists_written_in_pieces_are_the_same_bytes(encoded, plane, tmp_path, monkeypatch, at_once):
+    """However few codes are in memory at a time, the files of a group are equal."""
+    shards = []
+    for number, documents in enumerate(shards_of(encoded, by=lambda n: n % 3)):
+        (tmp_path / f"shard-{number}").mkdir()
+        shards.append(write_shard(tmp_path / f"shard-{number}", documents, context={})[1])
+    for name, held in (("whole", keys.GATHERED_BYTES), ("pieces", at_once)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(keys, "GATHERED_BYTES", held)
+        write_keys(tmp_path / name, shards, lists=len(plane.centroids), first_row=11)
+    for name in keys.FILES:
+        assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_document_taken_out_is_never_found(index_of, encoded, plane):
