@@ -1,0 +1,86 @@
+"""What is measured while a model trains: its loss on validation text, and how its routers use their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from training.data import Mixture
+
+BATCH = 8
+"""Validation sequences that go through the model at once."""
+NAMED_EXPERTS = 64
+"""Up to so many experts a layer, the load of each is told; of more, only the greatest."""
+
+
+@torch.no_grad()
+def validation_loss(model: Any, mixture: Mixture, sequences: int) -> dict[str, float]:
+    """The mean loss on the first validation sequences of each domain that has a whole one, in nats a token.
+
+    Only the language-model loss counts: what routers add to balance their experts is no property of the text.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    losses = {}
+    for name in mixture.domains:
+        chosen = mixture.first(name, sequences)
+        total, count = 0.0, 0
+        for at in range(0, len(chosen), BATCH):
+            batch = {key: value.to(device) for key, value in mixture.batch(chosen[at : at + BATCH]).items()}
+            labels = batch["labels"][:, 1:]
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+            total += float(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
+            count += int((labels >= 0).sum())
+        if count:
+            losses[name] = total / count
+    model.train()
+    return losses
+
+
+class Routing:
+    """How routers spread tokens over experts, counted over the steps between two reports.
+
+    It reads the ``router_logits`` of a model's output, one entry a layer, each (tokens, experts), and takes each
+    token to go to the k experts with the highest. A model without them has nothing to report.
+    """
+
+    def __init__(self, experts_per_token: int) -> None:
+        self._chosen_per_token = experts_per_token
+        self._counts: list[torch.Tensor] = []
+        self._entropy: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def add(self, router_logits: Sequence[torch.Tensor] | None) -> None:
+        """Count one forward pass."""
+        for layer, logits in enumerate(router_logits or ()):
+            logits = logits.detach().float()
+            if layer == len(self._counts):
+                self._counts.append(torch.zeros(logits.shape[-1], device=logits.device))
+                self._entropy.append(torch.zeros(2, device=logits.device))
+            chosen = logits.topk(self._chosen_per_token, dim=-1).indices.flatten()
+            self._counts[layer] += torch.bincount(chosen, minlength=logits.shape[-1])
+            log = logits.log_softmax(dim=-1)
+            entropy = -(log.exp() * log).sum()
+            self._entropy[layer] += torch.stack((entropy, entropy.new_tensor(len(logits))))
+
+    def report(self, accelerator: Accelerator) -> dict[str, float]:
+        """Figures of all processes since the last report, by layer among those with routers.
+
+        ``entropy`` is the mean entropy of a token's routing distribution, in nats; ``dead`` the number of experts that
+        no token reached; ``load`` an expert's share of the choices times the number of experts, 1 when all is even.
+        """
+        figures: dict[str, float] = {}
+        for layer, (counts, entropy) in enumerate(zip(self._counts, self._entropy, strict=True)):
+            counts, (total, tokens) = accelerator.reduce(counts, "sum"), accelerator.reduce(entropy, "sum")
+            load = counts / counts.mean()
+            figures[f"router/{layer}/entropy"] = float(total / tokens)
+            figures[f"router/{layer}/dead"] = int((counts == 0).sum())
+            figures[f"router/{layer}/greatest load"] = float(load.max())
+            if len(load) <= NAMED_EXPERTS:
+                figures |= {f"router/{layer}/load/{expert}": float(share) for expert, share in enumerate(load)}
+        self._counts, self._entropy = [], []
+        return figures
