@@ -57,7 +57,7 @@ def train(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> di
         optimize(run, checkpoints, note)
         lesson = Lesson(tokens, plan.mixture.used(), origin)
         summary = summarize(run, lesson, parameters)
-        weights = accelerator.get_state_dict(run.model)
+        weights = run.weights()
         if accelerator.is_main_process:
             save(recipe, policy, model, weights, lesson, summary)
         accelerator.wait_for_everyone()

@@ -24,7 +24,10 @@ def make_optimizers(model: torch.nn.Module, learning_rate: float, weight_decay: 
     own: list[Optimizer] = list(hook(learning_rate, weight_decay)) if hook else []
     taken = {id(parameter) for optimizer in own for parameter in parameters_of(optimizer)}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    return [torch.optim.AdamW(parameter_groups(rest, weight_decay), lr=learning_rate, betas=BETAS), *own]
+    optimizers = [torch.optim.AdamW(parameter_groups(rest, weight_decay), lr=learning_rate, betas=BETAS), *own]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -42,7 +45,7 @@ def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
 
 
 def set_learning_rate(optimizers: Iterable[Any], factor: float) -> None:
-    """Set every group's learning rate to a share of the one that it was made with."""
+    """Set every group's learning rate to a share of its ``initial_lr``, the one that it was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            group["lr"] = group["initial_lr"] * factor

@@ -43,6 +43,8 @@ class Run:
         }
         """The held-back text, by licence tier and by domain."""
         self._micro_batch, self._passes = recipe.micro_batches(accelerator.num_processes)
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._tied = every - {name for name, _ in model.named_parameters()}
         optimizers = make_optimizers(model, recipe.learning_rate, recipe.weight_decay)
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.model.train()
@@ -98,6 +100,11 @@ class Run:
         self.losses.append(loss)
         if self.recipe.trackers and self.plan.step % self.recipe.log_every == 0:
             self._log_step(norm, factor)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights, wherever their parts lie, those that are tied once. Every process has to call it."""
+        found = self.accelerator.get_state_dict(self.model)
+        return {name: value for name, value in found.items() if name not in self._tied}
 
     def validate(self, kind: str, sequences: int = VALIDATION_SEQUENCES) -> dict[str, float]:
         """The loss on held-back text by ``tier`` or ``domain``, in nats a token; what the main process found counts,

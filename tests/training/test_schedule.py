@@ -40,7 +40,7 @@ def test_each_group_keeps_its_own_peak():
     """A group's learning rate is its own peak times the factor, however often it is set."""
 
     class Optimizer:
-        param_groups = [{"lr": 0.5}, {"lr": 2.0}]  # noqa: RUF012
+        param_groups = [{"initial_lr": 0.5}, {"initial_lr": 2.0}]  # noqa: RUF012
 
     for factor in (0.1, 1.0, 0.25):
         set_learning_rate([Optimizer], factor)
