@@ -63,8 +63,7 @@ class Routing:
                 self._entropy.append(torch.zeros(2, device=logits.device))
             chosen = logits.topk(self._chosen_per_token, dim=-1).indices.flatten()
             self._counts[layer] += torch.bincount(chosen, minlength=logits.shape[-1])
-            log = logits.log_softmax(dim=-1)
-            entropy = -(log.exp() * log).sum()
+            entropy = torch.special.entr(logits.softmax(dim=-1)).sum()
             self._entropy[layer] += torch.stack((entropy, entropy.new_tensor(len(logits))))
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
