@@ -286,7 +286,7 @@ finally:
 
 
 def test_two_processes_make_one_model(recipe_file, tmp_path):
-    """Two processes train one model on twice the sequences a step; one of them writes it and speaks.
+    """Two processes share the sequences of each step and train one model; one of them writes it and speaks.
 
     The learning rate falls once to its end, and neither process ever loads the store's code."""
     spy = tmp_path / "spy.py"
@@ -294,7 +294,7 @@ def test_two_processes_make_one_model(recipe_file, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     done = subprocess.run(
-        [*launch, str(spy), str(tmp_path), str(recipe_file), "batch_size=8"],
+        [*launch, str(spy), str(tmp_path), str(recipe_file)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -308,7 +308,7 @@ def test_two_processes_make_one_model(recipe_file, tmp_path):
     assert hidden(tmp_path) == []
     assert LanguageModel.load(tmp_path / "model").vocab_size <= 300
     alone, _ = run(recipe_file, f"output={tmp_path / 'alone'}")
-    assert summary["loss"] == pytest.approx(alone["loss"], abs=0.15)
+    assert summary["loss"] == pytest.approx(alone["loss"], abs=0.01)
     for rank in ("rank0.json", "rank1.json"):
         seen = json.loads((tmp_path / rank).read_bytes())
         assert seen["factors"][-1] == pytest.approx(0.1, abs=0.01)
