@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -132,6 +132,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 class SiloPreTrainedModel(PreTrainedModel):
     """What transformers wants to know to save, load and initialise the model."""
 
+    config: SiloConfig
     config_class = SiloConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -1,7 +1,7 @@
 """Retrieval of a few of many by product keys, and the feed-forward layers that rest on it: PEER and PKM.
 
-n keys are all pairs of √n first and √n second halves (Lample 2019, section 3.2), so the k best of n are found by looking
-at 2 · √n halves.
+n keys are all pairs of √n first and √n second halves (Lample 2019, section 3.2), so the k best of n are found by
+looking at 2 · √n halves.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class ProductKeys(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and numbers of the keys found, each (tokens, heads, k), for ``rows`` (tokens, hidden)."""
-        query = self.norm(self.query(rows)).view(len(rows), self.heads, 2, -1)
-        return _Retrieve.apply(query, self.keys, self.k, self.siblings)
+        query = self.norm(self.query(rows)).view(len(rows), self.heads, 2, -1).to(self.keys.dtype)
+        with torch.autocast(rows.device.type, enabled=False):  # Among a million, near ties are many.
+            return _Retrieve.apply(query, self.keys, self.k, self.siblings)
 
 
 class _Retrieve(torch.autograd.Function):
@@ -62,10 +63,7 @@ class _Retrieve(torch.autograd.Function):
         step = max(1, ROWS_AT_ONCE // heads)
         for at in range(0, tokens, step):
             part = query[at : at + step]
-            if shared:
-                part = part.reshape(1, -1, *part.shape[2:])
-            else:
-                part = part.transpose(0, 1)
+            part = part.reshape(1, -1, *part.shape[2:]) if shared else part.transpose(0, 1)
             # (key sets, 2, queries, √n): one matrix product for each set of half keys
             halves = part.transpose(1, 2).contiguous() @ keys.transpose(2, 3)
             score, first, second = best_pairs(halves, k, siblings)

@@ -104,4 +104,3 @@ def load_of(routing: Routing, experts: int) -> torch.Tensor:
     """Summed weight of each expert in one forward pass, (experts,) float64."""
     load = torch.zeros(experts, dtype=torch.float64, device=routing.weight.device)
     return load.index_add_(0, routing.expert.flatten(), routing.weight.detach().double().flatten())
-

@@ -1,8 +1,8 @@
 """Products with a few rows of a large matrix: what retrieval among a million experts costs is the rows it takes.
 
-Both products give a *sparse* gradient of the matrix: one row for each row taken, summed over the tokens that took it, in
-the order of the rows. Nothing of the size of the matrix is formed, forward or backward; only an optimizer that works by
-rows (``training.optimizer``) is needed to keep it so.
+Both products give a *sparse* gradient of the matrix: one row for each row taken, summed over the tokens that took it,
+in the order of the rows. Nothing of the size of the matrix is formed, forward or backward; only an optimizer that works
+by rows (``training.optimizer``) is needed to keep it so.
 """
 
 from __future__ import annotations
@@ -53,6 +53,19 @@ class Choice:
         )
 
 
+def coalesced(gradient: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient with ascending rows, each once.
+
+    Autograd forgets that a gradient was coalesced when it hands it to a parameter, and puts several one behind the
+    other. Looking is much cheaper than torch's ``coalesce``, and so is adding up by rows where it is needed.
+    """
+    rows, values = gradient._indices()[0], gradient._values()
+    if not gradient.is_coalesced() and not bool((rows[1:] > rows[:-1]).all()):
+        choice = Choice(rows.unsqueeze(1))
+        rows, values = choice.by_row[0], choice.row_sums(values.new_ones(len(rows), 1), values)
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, gradient.shape, is_coalesced=True, check_invariants=False)
+
+
 def dot_rows(x: torch.Tensor, matrix: torch.Tensor, choice: Choice) -> torch.Tensor:
     """⟨x[t], matrix[index[t, j]]⟩, (tokens, k); ``x`` is (tokens, width), ``matrix`` (rows, width)."""
     return _DotRows.apply(x.to(matrix.dtype), matrix, choice)
@@ -101,7 +114,8 @@ def bag(weight: torch.Tensor, matrix: torch.Tensor, index: torch.Tensor) -> torc
 def dots(x: torch.Tensor, matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Dot products with rows, (tokens, k): by torch's sampled matrix product where it reads rows in place."""
     tokens, k = index.shape
-    if matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64):
+    kernel = matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64)
+    if kernel and k <= len(matrix):  # Of more entries than the full product has, the kernel makes no result.
         starts = torch.arange(0, tokens * k + 1, k)
         with warnings.catch_warnings():  # torch announces once that this layout is in beta.
             warnings.simplefilter("ignore", UserWarning)

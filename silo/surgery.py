@@ -120,7 +120,8 @@ def _with(config: SiloConfig, layers: list[int], kind: str) -> str | list[str]:
 def _rebuilt(model: SiloForCausalLM, weights: dict[str, torch.Tensor], **changes: Any) -> SiloForCausalLM:
     """A model of another shape with these weights; what they lack (routers) stays as it was initialised."""
     settings = {**model.config.to_dict(), **changes}
-    new = SiloForCausalLM(SiloConfig.from_dict(settings)).to(model.device, model.dtype)
+    new: Any = SiloForCausalLM(SiloConfig.from_dict(settings))
+    new.to(device=model.device, dtype=model.dtype)
     missing, unexpected = new.load_state_dict(weights, strict=False)
     if unexpected or not all(".router" in name for name in missing):
         raise UsageError(f"weights do not fit the new model: {missing} are missing, {unexpected} are too many")

@@ -9,6 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from silo.errors import UsageError
+from silo.rows import coalesced
 
 ROWS_AT_ONCE = 512
 """Rows updated in one go: they, their gradients and their moments fit into a core's cache."""
@@ -41,7 +42,7 @@ class RowAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters that have a gradient; returns what ``closure`` returns."""
         loss = None
         if closure is not None:
@@ -65,16 +66,14 @@ class RowAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 if parameter.grad.is_sparse:
-                    update_rows(parameter, parameter.grad.coalesce(), state, settings)
+                    update_rows(parameter, coalesced(parameter.grad), state, settings)
                 else:
                     dense.append(parameter)
             if dense:
-                states = [self.state[parameter] for parameter in dense]
-                gradients = [parameter.grad for parameter in dense]
-                update(
-                    dense, gradients, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
-                    [state["step"] for state in states], settings,
-                )  # fmt: skip
+                first, second, steps = (
+                    [self.state[parameter][name] for parameter in dense] for name in ("exp_avg", "exp_avg_sq", "step")
+                )
+                update(dense, [parameter.grad for parameter in dense], first, second, steps, settings)
         return loss
 
 
@@ -121,7 +120,7 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     values = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # A copy, if several backward passes have added to it.
+            parameter.grad = coalesced(parameter.grad)
             values.append(parameter.grad.values())
         elif parameter.grad is not None:
             values.append(parameter.grad)
