@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from silo.errors import UsageError
 from silo.model_config import SiloConfig
+from silo.products import FEWEST_ROWS, Linear, by_onednn, linear
 from silo.routing import (
     Routing,
     balance_loss,
@@ -28,8 +31,8 @@ class DenseFFN(nn.Module):
 
     def __init__(self, config: SiloConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Map (batch, time, hidden) to the same shape. There are no experts, so no routing."""
@@ -47,23 +50,38 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape).transpose(1, 2).contiguous())
 
-    def apply_experts(self, rows: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-        """Each expert on its rows: ``rows`` (rows, hidden) are sorted by expert, ``load`` (experts,) counts them."""
-        ends = load.cumsum(0).to(torch.int32)
+    def apply_experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Each expert on its run of ``rows`` (rows, hidden), which stops before the expert's entry of ``ends``."""
         inner = F.silu(grouped(rows, self.gate_proj, ends)) * grouped(rows, self.up_proj, ends)
         return grouped(inner, self.down_proj, ends)
 
+    def each(self, rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """What each row's experts make of it, (rows, k, hidden); ``rows`` is (rows, hidden), ``expert`` (rows, k)."""
+        load = torch.bincount(expert.flatten(), minlength=len(self.gate_proj))
+        # oneDNN makes a program for each new number of rows, so runs are filled up to a few lengths.
+        unit = FEWEST_ROWS if by_onednn(rows, self.gate_proj) else 1
+        ends = ((load + unit - 1) // unit * unit).cumsum(0)
+        order = expert.flatten().argsort(stable=True)
+        # Where a run starts, less how many entries of ``order`` are before it: what shifts its entries.
+        shift = (ends - load.cumsum(0)) - ((load + unit - 1) // unit * unit - load)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=rows.device) + shift.repeat_interleave(load)
+        source = place.new_zeros(int(ends[-1]))
+        source[place] = torch.arange(len(order), device=rows.device) // expert.shape[1]
+        out = self.apply_experts(_Spread.apply(rows, source, place), ends.to(torch.int32))
+        return _Gather.apply(out, place).view(*expert.shape, -1)
+
 
 def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """One matrix product for each run of rows that ends at ``ends``; no run is padded or cut, and one may be empty."""
+    """One matrix product for each run of rows that ends at ``ends``; none is cut, and one may be empty."""
     if torch.is_autocast_enabled(rows.device.type):  # grouped_mm is none of the operations that autocast casts.
         kind = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(kind), weight.to(kind)
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    if len(rows) and aligned and weight.dtype != torch.float64:
+    if len(rows) and aligned and weight.dtype != torch.float64 and not by_onednn(rows, weight):
         return F.grouped_mm(rows, weight, offs=ends)
     runs = rows.tensor_split(ends.tolist()[:-1])
-    return torch.cat([run @ each for run, each in zip(runs, weight.unbind(), strict=True)])
+    return torch.cat([linear(run, each.t()) for run, each in zip(runs, weight.unbind(), strict=True)])
 
 
 class MoeFFN(Experts):
@@ -83,9 +101,9 @@ class MoeFFN(Experts):
         self.config = config
         super().__init__(config)
         self.experts_per_token = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.router = Linear(config.hidden_size, config.num_experts)
         if config.router == "noisy_topk":
-            self.router_noise = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+            self.router_noise = Linear(config.hidden_size, config.num_experts)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """Map (batch, time, hidden) to the same shape, and say which experts were taken.
@@ -124,15 +142,7 @@ class MoeFFN(Experts):
 
     def _mix(self, rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Σ_j weight[t, j] · expert[t, j](rows[t]), (tokens, hidden)."""
-        k = expert.shape[1]
-        by_expert = expert.flatten().argsort(stable=True)
-        load = torch.bincount(expert.flatten(), minlength=len(self.gate_proj))
-        # Undoing the sort by a gather, not by index_add, keeps the order of summation fixed.
-        back = torch.empty_like(by_expert)
-        back[by_expert] = torch.arange(len(by_expert), device=rows.device)
-        out = self.apply_experts(_Spread.apply(rows, by_expert, back, k), load)
-        out = _Permute.apply(out, back, by_expert).view(len(rows), k, -1)
-        return (out * weight.unsqueeze(-1)).sum(dim=1)
+        return (self.each(rows, expert) * weight.unsqueeze(-1)).sum(dim=1)
 
     def _experts_choose(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         if not self.training:
@@ -141,8 +151,8 @@ class MoeFFN(Experts):
                 "topk or noisy_topk: set model.config.router = 'topk', the weights are the same"
             )
         token, weight = expert_choice(logits, self.experts_per_token)
-        load = torch.full((len(token),), token.shape[1], device=rows.device)
-        out = self.apply_experts(rows[token.flatten()], load) * weight.to(rows.dtype).flatten().unsqueeze(-1)
+        ends = torch.arange(1, len(token) + 1, dtype=torch.int32, device=rows.device) * token.shape[1]
+        out = self.apply_experts(rows[token.flatten()], ends) * weight.to(rows.dtype).flatten().unsqueeze(-1)
         taken = torch.zeros_like(rows).index_add(0, token.flatten(), out.to(rows.dtype))
         expert = torch.arange(len(token), device=rows.device).unsqueeze(1).expand_as(token)
         loss = self._z_loss(logits)
@@ -152,38 +162,32 @@ class MoeFFN(Experts):
 
 
 class _Spread(torch.autograd.Function):
-    """Each row k times, sorted by expert. Backward is a gather and a sum over k, where torch would scatter."""
+    """Row ``source[i]`` at place i. ``place`` holds the places of each row's k copies, so that the backward pass is a
+    gather and a sum in a fixed order, where torch would scatter."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        rows: torch.Tensor,
-        by_expert: torch.Tensor,
-        back: torch.Tensor,
-        k: int,
-    ) -> torch.Tensor:
-        ctx.back, ctx.k = back, k  # type: ignore[attr-defined]
-        return rows[by_expert // k]
+    def forward(ctx: Any, rows: torch.Tensor, source: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.place, ctx.tokens = place, len(rows)
+        return rows.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        back, k = ctx.back, ctx.k  # type: ignore[attr-defined]
-        return grads[0][back].view(len(back) // k, k, -1).sum(dim=1), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0].index_select(0, ctx.place)
+        return grad.view(ctx.tokens, -1, grad.shape[1]).sum(dim=1), None, None
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order, and gradients back by the inverse order."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.inverse = inverse  # type: ignore[attr-defined]
-        return rows[order]
+class _Gather(torch.autograd.Function):
+    """The rows at some places, all different; others get no gradient."""
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grads[0][ctx.inverse], None, None  # type: ignore[attr-defined]
+    def forward(ctx: Any, rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.place, ctx.rows = place, len(rows)
+        return rows.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0].new_zeros(ctx.rows, grads[0].shape[1])
+        return grad.index_copy_(0, ctx.place, grads[0]), None
 
 
 class AveragedFFN(Experts):
@@ -199,15 +203,11 @@ class AveragedFFN(Experts):
         rows = x.reshape(-1, x.shape[-1])
         if not self.training:
             gate, up, down = self.mean()
-            return ((F.silu(rows @ gate) * (rows @ up)) @ down).view_as(x), None
-        experts = len(self.gate_proj)
-        order = torch.randperm(len(rows), device=x.device)
-        load = torch.full((experts,), len(rows) // experts, device=x.device)
-        load[: len(rows) % experts] += 1
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(rows), device=x.device)
-        out = _Permute.apply(self.apply_experts(_Permute.apply(rows, order, back), load), back, order)
-        expert = torch.arange(experts, device=x.device).repeat_interleave(load)[back].unsqueeze(1)
+            inner = F.silu(linear(rows, gate.t())) * linear(rows, up.t())
+            return linear(inner, down.t()).view_as(x), None
+        expert = torch.arange(len(rows), device=x.device) % len(self.gate_proj)
+        expert = expert[torch.randperm(len(rows), device=x.device)].unsqueeze(1)
+        out = self.each(rows, expert).squeeze(1)
         return out.view_as(x), Routing(expert, torch.ones_like(expert, dtype=x.dtype))
 
     def mean(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

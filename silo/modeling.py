@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from silo.experts import AveragedFFN, DenseFFN, Experts, MoeFFN
 from silo.model_config import SiloConfig
 from silo.product_keys import PeerFFN, PkmFFN, ProductKeys
+from silo.products import Linear
 from silo.routing import Routing
 
 
@@ -64,10 +65,10 @@ class Attention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         key_value_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, key_value_width)
+        self.v_proj = Linear(config.hidden_size, key_value_width)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -224,7 +225,7 @@ class SiloForCausalLM(SiloPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SiloModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(

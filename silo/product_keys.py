@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from silo.model_config import SiloConfig
+from silo.products import Linear, by_onednn, product
 from silo.routing import Routing
 from silo.rows import Choice, bag, dot_rows, sum_rows
 
@@ -40,7 +41,7 @@ class ProductKeys(nn.Module):
         super().__init__()
         self.heads, self.k, self.siblings = heads, k, siblings
         half = config.key_dim // 2
-        self.query = nn.Linear(config.hidden_size, heads * config.key_dim, bias=False)
+        self.query = Linear(config.hidden_size, heads * config.key_dim)
         self.norm = nn.BatchNorm1d(heads * config.key_dim) if config.query_batch_norm else nn.Identity()
         self.keys = nn.Parameter(torch.empty(1 if config.shared_keys else heads, 2, isqrt(n), half))
 
@@ -65,7 +66,7 @@ class _Retrieve(torch.autograd.Function):
             part = query[at : at + step]
             part = part.reshape(1, -1, *part.shape[2:]) if shared else part.transpose(0, 1)
             # (key sets, 2, queries, √n): one matrix product for each set of half keys
-            halves = part.transpose(1, 2).contiguous() @ keys.transpose(2, 3)
+            halves = half_scores(part.transpose(1, 2).contiguous(), keys)
             score, first, second = best_pairs(halves, k, siblings)
             if not shared:
                 score, first, second = (each.transpose(0, 1) for each in (score, first, second))
@@ -91,6 +92,14 @@ class _Retrieve(torch.autograd.Function):
             grad_query[:, :, half] = bag(weight, flat, choice.index).view(tokens, heads, width)
             grad_keys[choice.by_row[0]] = choice.row_sums(weight, x)
         return grad_query, grad_keys.view_as(keys), None, None
+
+
+def half_scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Dot products of (sets, 2, queries, width) with (sets, 2, √n, width): (sets, 2, queries, √n)."""
+    if not by_onednn(query[0, 0], keys):
+        return query @ keys.transpose(2, 3)
+    pairs = zip(query.flatten(0, 1), keys.flatten(0, 1), strict=True)
+    return torch.stack([product(each, half) for each, half in pairs]).unflatten(0, keys.shape[:2])
 
 
 def best_pairs(halves: torch.Tensor, k: int, siblings: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

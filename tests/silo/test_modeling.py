@@ -311,7 +311,7 @@ def test_only_the_last_logits():
         ({"router": "top"}, "router is 'top'; expected one of topk, noisy_topk, expert_choice"),
         (
             {"ffn": "peer", "peer_num_experts": 150},
-            "peer_num_experts is 150; expected a square, since keys are pairs: 144",
+            "peer_num_experts is 150; expected a square",
         ),
         ({"ffn": "peer", "peer_num_experts": 144, "peer_experts_per_head": 13}, "at most 12"),
         ({"ffn": "peer", "peer_num_experts": 144, "peer_siblings": 5}, "expected a divisor of 12"),
