@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 FEWEST_ROWS = 32
 """With fewer rows there is nothing to gain, and oneDNN makes a program for every new number of rows."""
 
@@ -21,7 +21,7 @@ def by_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN multiplies these: both float32 on a CPU, outside autocast and compilers, and enough rows."""
     return (
         ONEDNN is not None
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
         and rows.numel() >= FEWEST_ROWS * rows.shape[-1]
