@@ -31,7 +31,7 @@ from silo.config import load_config
 from silo.modeling import SiloForCausalLM
 from training.checkpoint import Checkpoints
 from training.loop import make_accelerator, open_inputs
-from training.optimizers import make_optimizers
+from training.optimizer import make_optimizer
 from training.plan import Plan
 from training.recipe import RECIPES, Recipe
 from training.run import Run
@@ -75,7 +75,7 @@ def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, pairs: in
     run = Run(recipe, accelerator, models[0], plan, tokens)
     run.start_trackers()
     checkpoints = Checkpoints(recipe.output, {}, accelerator)
-    (optimizer,) = make_optimizers(models[1], recipe.learning_rate, recipe.weight_decay)
+    optimizer = make_optimizer(models[1], recipe.learning_rate, recipe.weight_decay)
     size, _ = recipe.micro_batches(1)
 
     def bare(batches: list[dict[str, torch.Tensor]]) -> None:
@@ -97,7 +97,7 @@ def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, pairs: in
                 ratios.append(seconds[0] / seconds[1])
                 ours.append(seconds[0])
             if number % 10 == 9:
-                saves.append(timed(lambda: checkpoints.save(plan.state(), run.model, run.optimizers, run.losses)))
+                saves.append(timed(lambda: checkpoints.save(plan.state(), run.model, run.optimizer, run.losses)))
         accelerator.end_training()
     step = statistics.median(ours)
     return {

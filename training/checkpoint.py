@@ -3,7 +3,7 @@
     .model.run/                  beside the output ``model``, and gone when that stands
         step-000000500/
             state.json           what run this is, where it stands, and every file's checksum; sealed
-            tensors.pt           weights, optimizers' state, and the loss of each step
+            tensors.pt           weights, the optimizer's state, and the loss of each step
             random-0.pt          random state of each process
 
 A checkpoint takes its name by one rename when all of it is on disk, and is read only if every checksum agrees. The two
@@ -74,7 +74,7 @@ class Checkpoints:
                 raise
             remove_tree(self._directory)
 
-    def save(self, plan: Mapping[str, Any], model: Any, optimizers: list[Any], losses: list[float]) -> None:
+    def save(self, plan: Mapping[str, Any], model: Any, optimizer: Any, losses: list[float]) -> None:
         """Write a checkpoint, whole or not at all, and remove those that are too old."""
         accelerator = self._accelerator
         path = self._directory / f"step-{plan['step']:09}"
@@ -84,15 +84,15 @@ class Checkpoints:
             partial.mkdir()
         accelerator.wait_for_everyone()
         _write_tensors(partial / f"random-{accelerator.process_index}.pt", _random_state())
-        weights, states = _gathered(accelerator, model, optimizers)
+        weights, state = _gathered(accelerator, model, optimizer)
         if accelerator.is_main_process:
-            tensors = {"model": weights, "optimizers": states, "losses": torch.tensor(losses, dtype=torch.float64)}
+            tensors = {"model": weights, "optimizer": state, "losses": torch.tensor(losses, dtype=torch.float64)}
             _write_tensors(partial / "tensors.pt", tensors)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = {file.name: sha256_file(file) for file in sorted(partial.iterdir())}
-            state = {"format": FORMAT, "identity": self._identity, "plan": plan, "files": files}
-            write_json(partial / "state.json", sealed(state))
+            manifest = {"format": FORMAT, "identity": self._identity, "plan": plan, "files": files}
+            write_json(partial / "state.json", sealed(manifest))
             remove_tree(path)  # a damaged one that was left aside
             partial.rename(path)
             sync_directory(self._directory)
@@ -100,11 +100,11 @@ class Checkpoints:
                 remove_tree(old)
         accelerator.wait_for_everyone()
 
-    def restore(self, model: Any, optimizers: list[Any], note: Callable[[str], None]) -> dict[str, Any] | None:
-        """Bring model, optimizers and random state to the latest whole checkpoint.
+    def restore(self, model: Any, optimizer: Any, note: Callable[[str], None]) -> dict[str, Any] | None:
+        """Bring model, optimizer and random state to the latest whole checkpoint.
 
         Args:
-            model, optimizers: as accelerate prepared them.
+            model, optimizer: as accelerate prepared them.
             note: is told of checkpoints that are damaged and left aside.
 
         Returns:
@@ -123,7 +123,7 @@ class Checkpoints:
                 continue
             self._require_same(state["identity"])
             tensors = _read_tensors(path / "tensors.pt")
-            _scatter(self._accelerator, model, optimizers, tensors)
+            _scatter(self._accelerator, model, optimizer, tensors)
             _set_random_state(_read_tensors(path / f"random-{self._accelerator.process_index}.pt"))
             return {"plan": state["plan"], "losses": tensors["losses"].tolist()}
         if found:
@@ -183,23 +183,21 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _gathered(accelerator: Accelerator, model: Any, optimizers: list[Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Whole weights and optimizer states, wherever their parts lie. Every process has to call it."""
+def _gathered(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[dict[str, Any], Any]:
+    """Whole weights and optimizer state, wherever their parts lie. Every process has to call it."""
     if accelerator.distributed_type != DistributedType.FSDP:
-        return accelerator.unwrap_model(model).state_dict(), [optimizer.state_dict() for optimizer in optimizers]
+        return accelerator.unwrap_model(model).state_dict(), optimizer.state_dict()
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = sharded.get_model_state_dict(model, options=whole)
-    return weights, [sharded.get_optimizer_state_dict(model, each.optimizer, options=whole) for each in optimizers]
+    return weights, sharded.get_optimizer_state_dict(model, optimizer.optimizer, options=whole)
 
 
-def _scatter(accelerator: Accelerator, model: Any, optimizers: list[Any], tensors: dict[str, Any]) -> None:
-    """Give weights and optimizers back what :func:`_gathered` took from them."""
+def _scatter(accelerator: Accelerator, model: Any, optimizer: Any, tensors: dict[str, Any]) -> None:
+    """Give weights and optimizer back what :func:`_gathered` took from them."""
     if accelerator.distributed_type != DistributedType.FSDP:
         accelerator.unwrap_model(model).load_state_dict(tensors["model"])
-        for optimizer, state in zip(optimizers, tensors["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        optimizer.load_state_dict(tensors["optimizer"])
         return
     whole = sharded.StateDictOptions(full_state_dict=True)
     sharded.set_model_state_dict(model, tensors["model"], options=whole)
-    for optimizer, state in zip(optimizers, tensors["optimizers"], strict=True):
-        sharded.set_optimizer_state_dict(model, optimizer.optimizer, state, options=whole)
+    sharded.set_optimizer_state_dict(model, optimizer.optimizer, tensors["optimizer"], options=whole)

@@ -144,7 +144,7 @@ def summarize(run: Run, lesson: Lesson, parameters: int) -> dict[str, Any]:
 def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
     """Train by a plan, from the latest checkpoint if there is one; the model's weights change in place."""
     recipe, plan = run.recipe, run.plan
-    found = checkpoints.restore(run.model, run.optimizers, note)
+    found = checkpoints.restore(run.model, run.optimizer, note)
     if found is not None:
         plan.restore(found["plan"])
         run.losses = found["losses"]
@@ -160,4 +160,4 @@ def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None]) ->
             if recipe.validate_every and plan.step % recipe.validate_every == 0 and recipe.trackers:
                 run.log_validation()
             if recipe.checkpoint_every and plan.step % recipe.checkpoint_every == 0 and plan.step < plan.steps:
-                checkpoints.save(plan.state(), run.model, run.optimizers, run.losses)
+                checkpoints.save(plan.state(), run.model, run.optimizer, run.losses)

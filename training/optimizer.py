@@ -129,3 +129,26 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in values]))
     torch._foreach_mul_(values, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
+
+
+def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> RowAdamW:
+    """The optimizer of a run, each group with its peak as ``initial_lr``."""
+    optimizer = RowAdamW(parameter_groups(model.parameters(), weight_decay), lr=learning_rate)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, gains do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def set_learning_rate(optimizer: Any, factor: float) -> None:
+    """Set every group's learning rate to a share of its ``initial_lr``, the one that it was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

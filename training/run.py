@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from silo.errors import SiloError
 from silo.modeling import SiloForCausalLM
 from training.data import IGNORED, Mixture
-from training.measure import Routing, validation_loss
-from training.optimizers import make_optimizers, parameters_of, set_learning_rate
+from training.measure import Routing, experts_by_layer, validation_loss
+from training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from training.plan import Plan
 from training.recipe import Recipe
 from training.schedule import learning_rate_factor
@@ -45,13 +45,10 @@ class Run:
         self._micro_batch, self._passes = recipe.micro_batches(accelerator.num_processes)
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._tied = every - {name for name, _ in model.named_parameters()}
-        optimizers = make_optimizers(model, recipe.learning_rate, recipe.weight_decay)
-        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
-        # Under FSDP, clipping by accelerate wants all of a model's parameters.
-        own = len(self.optimizers) > 1
-        self._clipped = parameters_of(self.optimizers[0]) if own else list(self.model.parameters())
-        self._routing = Routing(model.config.num_experts_per_tok) if recipe.trackers else None
+        self._routing = Routing(experts_by_layer(model.config)) if recipe.trackers else None
 
     def step(self, sequences: Sequence[tuple[str, int]]) -> None:
         """Change the weights once.
@@ -70,7 +67,7 @@ class Run:
             warmup_fraction=recipe.warmup_fraction,
             decay_fraction=recipe.decay_fraction,
         )
-        set_learning_rate(self.optimizers, factor)
+        set_learning_rate(self.optimizer, factor)
         batches = [self.plan.mixture.batch(part) for part in self._parts(sequences, accelerator.process_index)]
         counts = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
         total = self._sum(torch.tensor(sum(counts), device=accelerator.device))
@@ -84,19 +81,17 @@ class Run:
                 accelerator.backward(share * accelerator.num_processes)  # of which the mean is taken
             losses.append(share.detach())
             if self._routing is not None:
-                self._routing.add(out.router_logits)
-        norm = accelerator.clip_grad_norm_(self._clipped, recipe.max_grad_norm)
-        self._finish(sequences, torch.stack(losses), norm, factor)
+                self._routing.add(out.routings)
+        self._finish(sequences, torch.stack(losses), self._clip(), factor)
 
     def _finish(self, sequences: Sequence[tuple[str, int]], losses: torch.Tensor, norm: Any, factor: float) -> None:
-        """Check loss and gradient, and only then let the optimizers have it."""
+        """Check loss and gradient, and only then let the optimizer have it."""
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         loss, norm = self._sum(losses.sum()), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._stop(sequences, losses, loss)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.losses.append(loss)
         if self.recipe.trackers and self.plan.step % self.recipe.log_every == 0:
             self._log_step(norm, factor)
@@ -145,6 +140,13 @@ class Run:
         for number in range(self._passes):
             at = (number * processes + process) * size
             yield sequences[at : at + size]
+
+    def _clip(self) -> Any:
+        """Clip the gradient, and give its norm before. Sharded gradients need all processes; sparse ones, our own."""
+        parameters = list(self.model.parameters())
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return self.accelerator.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
+        return clip_gradients(parameters, self.recipe.max_grad_norm)
 
     def _sum(self, value: torch.Tensor) -> float:
         """The sum over all processes."""

@@ -62,14 +62,14 @@ def recipe_file(side: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def noisy_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose training takes random numbers, so that their state matters."""
-    make = training.run.make_optimizers
+    make = training.run.make_optimizer
 
     def noisy(model, *arguments):
         drop = lambda module, _, out: F.dropout(out, 0.1, module.training)  # noqa: E731
         model.get_input_embeddings().register_forward_hook(drop)
         return make(model, *arguments)
 
-    monkeypatch.setattr(training.run, "make_optimizers", noisy)
+    monkeypatch.setattr(training.run, "make_optimizer", noisy)
 
 
 class Killed(BaseException):

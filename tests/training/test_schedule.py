@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from training.optimizers import set_learning_rate
+from training.optimizer import set_learning_rate
 from training.schedule import learning_rate_factor
 
 
@@ -43,5 +43,5 @@ def test_each_group_keeps_its_own_peak():
         param_groups = [{"initial_lr": 0.5}, {"initial_lr": 2.0}]  # noqa: RUF012
 
     for factor in (0.1, 1.0, 0.25):
-        set_learning_rate([Optimizer], factor)
+        set_learning_rate(Optimizer, factor)
         assert [group["lr"] for group in Optimizer.param_groups] == [0.5 * factor, 2.0 * factor]

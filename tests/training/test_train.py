@@ -26,7 +26,7 @@ from silo.errors import SiloError, UsageError
 from silo.language_model import LanguageModel
 from silo.modeling import SiloForCausalLM
 from training.loop import train
-from training.optimizers import parameter_groups
+from training.optimizer import parameter_groups
 from training.recipe import Recipe
 from training.shape import model_config
 
@@ -158,7 +158,7 @@ WRONG = [
     ("model.architectures=[x]", "unknown setting 'model.architectures'"),
     ("model.hidden_size=big", "model.hidden_size is 'big'; expected int"),
     ("model.rms_norm_eps=small", "model.rms_norm_eps is 'small'; expected float"),
-    ("model.ffn=peeer", "ffn is 'peer'"),
+    ("model.ffn=peeer", "ffn is 'peeer'"),
     ("model.num_attention_heads=3", "num_attention_heads 3"),
     ("model=[]", "model is []; expected dict"),
     ("sead=1", "unknown setting 'sead'"),

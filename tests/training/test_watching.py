@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import silo.routing
 import training.loop
 import training.run
 from silo.collect import collect
@@ -138,19 +139,21 @@ def test_an_unknown_tracker_is_wrong_use(recipe_file, monkeypatch):
 
 def test_routing_by_hand():
     """Four tokens, two of three experts each: loads, dead experts and entropy are those counted by hand."""
-    routing, inf = Routing(2), math.inf
-    routing.add((torch.tensor([[0.0, 0.0, -inf], [1.0, 2.0, -inf]]),))
-    routing.add((torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, -inf]]),))
-    figures = routing.report(Accelerator())
+    measured = Routing([3])
+    chosen, weight, inf = torch.tensor([[0, 1], [1, 0]]), torch.full((2, 2), 0.5), math.inf
+    for logits in ([[0.0, 0.0, -inf], [1.0, 2.0, -inf]], [[0.0, 0.0, -inf], [0.0, 0.0, -inf]]):
+        measured.add((silo.routing.Routing(chosen, weight, torch.tensor(logits)),))
+    figures = measured.report(Accelerator())
     p = 1 / (1 + math.exp(-1))
     uneven = -p * math.log(p) - (1 - p) * math.log(1 - p)
     assert figures["router/0/dead"] == 1
     assert [figures[f"router/0/load/{expert}"] for expert in range(3)] == pytest.approx([1.5, 1.5, 0.0])
     assert figures["router/0/greatest load"] == pytest.approx(1.5)
     assert figures["router/0/entropy"] == pytest.approx((3 * math.log(2) + uneven) / 4)
-    assert routing.report(Accelerator()) == {}
-    routing.add(None)
-    assert routing.report(Accelerator()) == {}
+    assert figures["router/0/unevenness"] == pytest.approx(math.log(3) - math.log(2))
+    assert measured.report(Accelerator()) == {}
+    measured.add(None)
+    assert measured.report(Accelerator()) == {}
 
 
 def test_validation_loss_is_that_of_the_tokens(recipe_file, side):
@@ -195,8 +198,8 @@ def test_no_number_names_the_documents(recipe_file, tmp_path, monkeypatch, what)
         model.get_input_embeddings().register_forward_hook(hook)
         return make(model, *_, **__)
 
-    make = training.run.make_optimizers
-    monkeypatch.setattr(training.run, "make_optimizers", spoilt)
+    make = training.run.make_optimizer
+    monkeypatch.setattr(training.run, "make_optimizer", spoilt)
     monkeypatch.setattr(Mixture, "batch", remembered)
     with pytest.raises(SiloError) as error:
         train(load_config(Recipe, recipe_file, ["micro_batch_size=2", "validate_every=null"]))
@@ -208,32 +211,30 @@ def test_no_number_names_the_documents(recipe_file, tmp_path, monkeypatch, what)
     assert [path.name for path in (tmp_path / ".model.run").glob("step-*")] == ["step-000000003"]
 
 
-def test_a_model_may_bring_its_own_optimizers(recipe_file, monkeypatch):
-    """Parameters for which a model has an optimizer are changed by that alone, under the run's schedule and in its
-    checkpoints; all others by AdamW."""
-    made = []
+def test_sparse_rows_are_trained_and_resumed(recipe_file, tmp_path, monkeypatch):
+    """PEER's expert rows, whose gradients are sparse, go through clipping, the optimizer, checkpoints and the count of
+    experts: killed and resumed, the weights are those of a run that went through."""
+    peer = ["model.ffn=peer", "model.peer_num_experts=64", "model.peer_heads=2", "model.peer_experts_per_head=4"]
+    peer += ["model.key_dim=8", "trackers=[tensorboard]", "validate_every=null"]
+    step = Run.step
 
-    class Rows(torch.optim.SGD):
-        rates: list[float] = []  # noqa: RUF012
+    def killed(self, sequences):
+        if self.plan.step == 6:
+            raise KeyboardInterrupt
+        step(self, sequences)
 
-        def step(self, closure=None):
-            self.rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
-    def own_optimizers(self, learning_rate, weight_decay):
-        made.append(Rows([self.get_input_embeddings().weight], lr=3 * learning_rate))
-        return made[-1:]
-
-    monkeypatch.setattr("silo.modeling.SiloForCausalLM.own_optimizers", own_optimizers, raising=False)
-    seen = []
-    monkeypatch.setattr(training.loop, "Run", lambda *arguments: seen.append(Run(*arguments)) or seen[-1])
-    train(load_config(Recipe, recipe_file, ["schedule=wsd"]))
-    adam, rows = (optimizer.optimizer for optimizer in seen[0].optimizers)
-    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in (adam, rows)]
-    assert not held[0] & held[1]
-    assert held[0] | held[1] == {id(parameter) for parameter in seen[0].model.parameters()}
-    assert Rows.rates[:6] == pytest.approx([0.03] * 6)
-    assert Rows.rates[7] < 0.03
+    train(load_config(Recipe, recipe_file, [*peer, f"output={tmp_path / 'whole'}"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(Recipe, recipe_file, peer))
+    train(load_config(Recipe, recipe_file, peer))
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "model"))
+    assert whole == resumed
+    found = scalars(tmp_path / "whole-logs" / "whole")
+    assert 0 < found["router/0/unevenness"][8] < math.log(64)
+    assert 0 <= found["router/0/dead"][8] < 64
+    assert "router/0/entropy" not in found
 
 
 def test_describing_is_free_of_the_output(recipe_file, tmp_path):
