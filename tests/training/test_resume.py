@@ -151,7 +151,8 @@ torch.set_num_threads(1)
 from silo.config import load_config
 from training.loop import train
 from training.recipe import Recipe
-load = lambda output: load_config(Recipe, Path(sys.argv[1]), [f"output={output}", "checkpoint_every=1"])
+settings = ["checkpoint_every=1", "token_budget=5120"]
+load = lambda output: load_config(Recipe, Path(sys.argv[1]), [f"output={output}", *settings])
 def forked(output):
     child = os.fork()
     if not child:
@@ -162,26 +163,29 @@ def forked(output):
             traceback.print_exc()
             os._exit(1)
     return child
-root, begin = Path(sys.argv[2]), time.monotonic()
+def reached(output):
+    steps = output.with_name(f".{output.name}.run").glob("step-*")
+    return max((int(path.name.removeprefix("step-")) for path in steps), default=0)
+root, generator, kills = Path(sys.argv[2]), random.Random(int(sys.argv[3])), 0
 assert os.waitpid(forked(root / "whole"), 0)[1] == 0
-seconds, generator, kills = time.monotonic() - begin, random.Random(int(sys.argv[3])), 0
-while True:
+for step in sorted(generator.sample(range(1, 32), 5)):
     child = forked(root / "killed")
-    if kills < 6:
-        time.sleep(generator.uniform(0.3, 1.0) * seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if status == 0:
+    while not (ended := os.waitpid(child, os.WNOHANG)[0]) and reached(root / "killed") < step:
+        time.sleep(0.001)
+    if ended:
         break
-    assert os.WIFSIGNALED(status), status
-    kills += 1
+    time.sleep(generator.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+if not (root / "killed").exists():
+    assert os.waitpid(forked(root / "killed"), 0)[1] == 0
 print(json.dumps({"kills": kills, "left": sorted(path.name for path in root.iterdir())}))
 """
 
 
 def test_kill_9_at_any_time(recipe_file, tmp_path):
-    """Killed with signal 9 at random times, several times in a row, in a checkpoint or out of one, a run still ends
-    with the bytes of one that went through, and leaves nothing beside its model."""
+    """Killed with signal 9 at random moments behind random steps, several times in a row, in a checkpoint or out of one,
+    a run still ends with the bytes of one that went through, and leaves nothing beside its model."""
     root = tmp_path / "runs"
     root.mkdir()
     command = [sys.executable, "-c", KILLER, str(recipe_file), str(root), "11"]
