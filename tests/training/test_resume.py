@@ -184,7 +184,7 @@ print(json.dumps({"kills": kills, "left": sorted(path.name for path in root.iter
 
 
 def test_kill_9_at_any_time(recipe_file, tmp_path):
-    """Killed with signal 9 at random moments behind random steps, several times in a row, in a checkpoint or out of one,
+    """Killed with signal 9 at random moments behind random steps, several times in a row, in a checkpoint or not,
     a run still ends with the bytes of one that went through, and leaves nothing beside its model."""
     root = tmp_path / "runs"
     root.mkdir()
