@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import silo.modeling  # registers our model with the Auto classes
@@ -23,6 +24,11 @@ from silo.windows import Window, windows
 WINDOWS_PER_BATCH = 8
 MAX_CONTEXT = 1024
 """Inputs a window at most, in tokens, however many a model could read."""
+KEY_LAYERS = ("last_ffn_input", "last_hidden_state")
+"""The input of the last feed-forward layer after its norm, which kNN-LM found to retrieve best (Khandelwal 2020,
+section 5), and the last layer's output, as transformers gives it."""
+FFN_NAMES = ("mlp", "feed_forward", "ffn")
+"""What transformers' decoders call the feed-forward part of a layer."""
 REQUIRED = ("config.json", "tokenizer.json")
 FINGERPRINTED = (*REQUIRED, "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -32,7 +38,7 @@ class KeySpec:
     """How keys are made; part of a store, since keys of another kind cannot be searched together."""
 
     layer: str
-    """``last_ffn_input`` (our models) or ``last_hidden_state`` (any other)."""
+    """One of :data:`KEY_LAYERS`."""
     dimension: int
     context: int
     """Inputs a window, in tokens."""
@@ -47,7 +53,13 @@ class LanguageModel:
     a key a function of its document, bit for bit, whatever else is in the store (law 3).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        fingerprint: str,
+        key_layer: str | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
@@ -57,15 +69,33 @@ class LanguageModel:
         self.start_token: int = start
         config = model.config
         context = min(getattr(config, "max_position_embeddings", None) or MAX_CONTEXT, MAX_CONTEXT)
-        layer = "last_ffn_input" if isinstance(config, silo.modeling.SiloConfig) else "last_hidden_state"
+        self.ours = isinstance(model, silo.modeling.SiloForCausalLM)
+        self.last_ffn = None if self.ours else last_ffn(model)
+        layer = key_layer or ("last_ffn_input" if self.ours or self.last_ffn is not None else "last_hidden_state")
+        self._check_key_layer(layer)
         self.key_spec = KeySpec(layer, config.hidden_size, context, context * 3 // 4)
 
+    def _check_key_layer(self, layer: str) -> None:
+        if layer not in KEY_LAYERS:
+            raise UsageError(f"the key layer is {layer!r}; expected one of {', '.join(KEY_LAYERS)}")
+        if self.ours and layer != "last_ffn_input":
+            raise UsageError(f"the key layer is {layer!r}; expected last_ffn_input, which is what our models give")
+        if layer == "last_ffn_input" and not self.ours and self.last_ffn is None:
+            raise UsageError(
+                f"in a {type(self.model).__name__} the last feed-forward layer was not found; expected it to be named "
+                f"{' or '.join(FFN_NAMES)}: choose the key layer last_hidden_state"
+            )
+
     @classmethod
-    def load(cls, path: Path) -> LanguageModel:
+    def load(cls, path: Path, key_layer: str | None = None) -> LanguageModel:
         """Load a directory of ours or of any Hugging Face causal model.
 
+        Args:
+            path: the directory.
+            key_layer: one of :data:`KEY_LAYERS`; if absent the first that the model can give.
+
         Raises:
-            UsageError: the directory holds no model, or only a part of one.
+            UsageError: the directory holds no model, or only a part of one, or its model does not give such keys.
         """
         for name in REQUIRED:
             if not (path / name).is_file():
@@ -87,7 +117,7 @@ class LanguageModel:
                 f"{path} has no weights, or such of another shape than its config.json says, for {len(unfit)} "
                 f"parameters of the model: {', '.join(unfit[:3])}; restore the directory or train the model again"
             )
-        return cls(model, tokenizer, fingerprint(path))
+        return cls(model, tokenizer, fingerprint(path), key_layer)
 
     @property
     def vocab_size(self) -> int:
@@ -136,17 +166,50 @@ class LanguageModel:
             yield _kept(keys, batch).numpy(), _kept(scores, batch) if logits else scores
 
     def _forward(self, batch: torch.Tensor, *, logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.key_spec.layer == "last_ffn_input":
+        if self.ours:
             if not logits:
                 return self.model.retrieval_keys(batch).float(), batch.new_empty(0)
             out = self.model(batch, output_keys=True, use_cache=False)
             return out.retrieval_keys.float(), out.logits
-        out = self.model(batch, output_hidden_states=True, logits_to_keep=0 if logits else 1, use_cache=False)
-        return out.hidden_states[-1].float(), out.logits
+        keep = 0 if logits else 1
+        if self.key_spec.layer == "last_hidden_state":
+            out = self.model(batch, output_hidden_states=True, logits_to_keep=keep, use_cache=False)
+            return out.hidden_states[-1].float(), out.logits
+        with input_of(self.last_ffn) as seen:
+            out = self.model(batch, logits_to_keep=keep, use_cache=False)
+        return seen[0].float(), out.logits
 
     def describe(self) -> dict[str, object]:
         """What a store remembers of the model that made its keys."""
         return {"fingerprint": self.fingerprint, "key_spec": asdict(self.key_spec)}
+
+
+def last_ffn(model: PreTrainedModel) -> nn.Module | None:
+    """The feed-forward part of the last decoder layer of a model of transformers', or None if it has none by a known
+    name. Layers are the one list of modules that is as long as the model has layers."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    parts = [dict(layers[-1].named_children()) for layers in lists]
+    found = [part[name] for part in parts for name in FFN_NAMES if name in part]
+    return found[0] if len(found) == 1 else None
+
+
+@contextlib.contextmanager
+def input_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """Collect what a module is given while the context lasts. transformers returns the states between layers but none
+    within one, so this takes a hook; it is gone afterwards."""
+    seen: list[torch.Tensor] = []
+
+    def remember(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    if module is None:
+        raise UsageError("there is no module to read; expected a model whose last feed-forward layer was found")
+    handle = module.register_forward_pre_hook(remember)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from silo.errors import UsageError
 from training.tokens import Tokens
@@ -61,6 +61,13 @@ class Domain:
             place += 1
         return pieces
 
+    def documents(self, index: int) -> np.ndarray:
+        """Which of its documents gave a token to sequence ``index``, in their order there."""
+        number, within = divmod(index, self.sequences)
+        order, starts = self._laid_out(number)
+        first = np.searchsorted(starts, within * self._length, side="right") - 1
+        return order[first : np.searchsorted(starts, (within + 1) * self._length, side="left")]
+
     def teaches(self, index: int) -> bool:
         """Whether a sequence has a token to learn behind its first, which is not predicted. Without one, its loss would
         be no number."""
@@ -101,7 +108,7 @@ class Mixture:
             length: tokens a sequence.
             seed: decides the order of documents.
         """
-        self._array = tokens.array(split)
+        self._tokens, self._split, self._array = tokens, split, tokens.array(split)
         rows: dict[str, list[tuple[int, int, int]]] = {}
         self._members: dict[str, list[int]] = {}
         for number, row in enumerate(row for row in tokens.rows if row.split == split):
@@ -140,8 +147,8 @@ class Mixture:
                 weights[name] += share * part
         return _normalized(weights)
 
-    def draw(self, count: int, weights: Mapping[str, float]) -> Drawn:
-        """The next ``count`` sequences, from the domains by weight, in random order.
+    def draw(self, count: int, weights: Mapping[str, float]) -> list[tuple[str, int]]:
+        """The next ``count`` sequences, from the domains by weight, in random order; domain and index of each.
 
         As many come from each domain as its weight asks for, rounded at random, so that a single domain is simply read
         from front to back. A sequence that lies within a prompt has nothing to learn, and the next takes its place.
@@ -156,7 +163,7 @@ class Mixture:
         chosen = []
         for name, share in zip(names, shares, strict=True):
             chosen += [(name, index) for index in self._take(name, int(share))]
-        return Drawn(self, [chosen[index] for index in self._random.permutation(len(chosen))])
+        return [chosen[index] for index in self._random.permutation(len(chosen))]
 
     def _take(self, name: str, count: int) -> Iterator[int]:
         """The next ``count`` sequences of a domain that have something to learn."""
@@ -176,10 +183,33 @@ class Mixture:
         ]
         return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
-    def first(self, name: str, count: int) -> Drawn:
+    def state(self) -> dict[str, Any]:
+        """How far it was drawn, as JSON: what :meth:`restore` needs to draw the same again."""
+        return {"taken": dict(self._taken), "random": self._random.bit_generator.state}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to where :meth:`state` was asked for."""
+        self._taken = dict(state["taken"])
+        self._random.bit_generator.state = state["random"]
+
+    def documents(self, sequences: Sequence[tuple[str, int]]) -> list[str]:
+        """The ids of the documents that gave a token to some sequences, (domain, index) each, in the corpus's order."""
+        numbers = {
+            self._members[name][each] for name, index in sequences for each in self.domains[name].documents(index)
+        }
+        rows = (row for row in self._tokens.rows if row.split == self._split)
+        return [row.id for number, row in enumerate(rows) if number in numbers]
+
+    def batch(self, sequences: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        """Some sequences, (domain, index) each, as a model takes them: ``input_ids`` and ``labels``, (sequences,
+        length) int64."""
+        ids, labels = zip(*(self.sequence(*each) for each in sequences), strict=True)
+        return {"input_ids": torch.from_numpy(np.stack(ids)), "labels": torch.from_numpy(np.stack(labels))}
+
+    def first(self, name: str, count: int) -> list[tuple[str, int]]:
         """The first sequences of a domain, at most one pass, to measure on."""
         domain = self.domains[name]
-        return Drawn(self, [(name, index) for index in range(min(count, domain.sequences)) if domain.teaches(index)])
+        return [(name, index) for index in range(min(count, domain.sequences)) if domain.teaches(index)]
 
     def sequence(self, domain: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and labels of one sequence, each (length,) int64."""
@@ -190,20 +220,6 @@ class Mixture:
             ids.append(piece)
             labels.append(np.where((positions >= hidden) & (positions < shown), IGNORED, piece))
         return np.concatenate(ids), np.concatenate(labels)
-
-
-class Drawn(Dataset):
-    """Sequences that were drawn, as batches want them."""
-
-    def __init__(self, mixture: Mixture, chosen: Sequence[tuple[str, int]]) -> None:
-        self._mixture, self._chosen = mixture, list(chosen)
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids, labels = self._mixture.sequence(*self._chosen[index])
-        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
 def _normalized(weights: Mapping[str, float]) -> dict[str, float]:

@@ -2,182 +2,162 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
-from silo.config import convert
-from silo.errors import SiloError, UsageError
-from silo.licensing import DEFAULT_POLICY, load_policy
-from silo.modeling import SiloConfig, SiloForCausalLM
+from silo.errors import UsageError
+from silo.licensing import DEFAULT_POLICY, Policy, load_policy
+from silo.modeling import SiloForCausalLM
 from silo.progress import progress_bar
-from training.checkpoint import Teachers, save
-from training.data import Drawn, Mixture
+from training.checkpoint import Checkpoints
+from training.continued import Origin, by_license
+from training.model_directory import Lesson, save
+from training.plan import Plan
 from training.recipe import Recipe
-from training.reweighting import reweighted, validation_loss
+from training.reweighting import SEQUENCES, reweighted
+from training.run import Run
+from training.shape import model_config, outline
 from training.tokens import Tokens, open_tokens
 
-FINAL_LEARNING_RATE = 0.1
-"""Where the cosine ends, as a share of the peak."""
-DECIDED_BY_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 
-
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Train tokenizer and model, and write both with the list of the documents that taught them.
 
-    Under ``accelerate launch`` every process trains, and the main one writes.
+    Under ``accelerate launch`` every process trains, and the main one writes. A run that was killed goes on from its
+    latest checkpoint, to the same weights.
+
+    Args:
+        recipe: what to train.
+        note: is told, line by line, what a person should know while it goes on.
 
     Returns:
         Summary with the loss in nats a token, tokens, steps and documents by licence.
 
     Raises:
-        LicenseError: the corpus holds a document that may not teach weights; nothing is read or written.
-        UsageError: the recipe's model is none, or the corpus is too small for one step.
+        LicenseError: the corpus holds a document that may not teach weights, or the model to begin with was taught by
+            one; nothing is read or written.
+        UsageError: the recipe's model is none, the corpus is too small for one step, or an unfinished run towards the
+            same output is another one.
         SiloError: the loss is not finite.
     """
     model_config(recipe)  # What makes no model is refused before the work of hours.
-    policy = load_policy(recipe.policy) if recipe.policy else DEFAULT_POLICY
-    tokens = open_tokens(recipe.corpus, policy, recipe.vocab_size)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    policy, origin, tokens = open_inputs(recipe)
+    accelerator = make_accelerator(recipe)
     set_seed(recipe.seed)
-    start = tokens.tokenizer.bos_token_id
-    model = SiloForCausalLM(
-        model_config(recipe, vocab_size=len(tokens.tokenizer), bos_token_id=start, eos_token_id=start)
-    )
-    plan = Plan.make(recipe, tokens, accelerator.num_processes)
-    losses = optimize(recipe, accelerator, model, plan)
-    teachers = Teachers.of(tokens, plan.mixture.used())
-    summary = {
-        "loss": round(sum(losses[-20:]) / len(losses[-20:]), 4),
-        "steps": len(losses),
-        "tokens": len(losses) * plan.step_size * recipe.sequence_length,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "documents": len(teachers.numbers),
-        "documents_by_license": teachers.by_license,
-        "corpus": tokens.manifest["corpus"],
-    }
-    if recipe.domains:
-        summary["domain_weights"] = {name: round(weight, 6) for name, weight in plan.weights.items()}
-    if accelerator.is_main_process:
-        save(recipe, policy, model, tokens, teachers, summary)
+    model = origin.model if origin else SiloForCausalLM(model_config(recipe, tokens.tokenizer))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    set_seed(recipe.seed, device_specific=True)  # Each process draws its own noise from here on.
+    plan = Plan.make(recipe, tokens)
+    checkpoints = Checkpoints(recipe.output, identity(recipe, policy, origin, tokens, accelerator), accelerator)
+    with checkpoints.held():
+        run = Run(recipe, accelerator, model, plan, tokens)
+        optimize(run, checkpoints, note)
+        lesson = Lesson(tokens, plan.mixture.used(), origin)
+        summary = summarize(run, lesson, parameters)
+        weights = run.weights()
+        if accelerator.is_main_process:
+            save(recipe, policy, model, weights, lesson, summary)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return {"model": str(recipe.output), **summary}
 
 
-def model_config(recipe: Recipe, **decided: Any) -> SiloConfig:
-    """The recipe's model, with what is ``decided`` by its tokenizer.
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What :func:`train` would do. The corpus is judged and tokenised, as it would be; nothing is trained.
 
     Raises:
-        UsageError: a field is unknown, has the wrong type or is the tokenizer's, or the fields do not fit together.
+        LicenseError, UsageError: as :func:`train`.
     """
-    fields = inspect.get_annotations(SiloConfig, eval_str=True)
-    known = sorted(set(fields) - DECIDED_BY_TOKENIZER)
-    for name in recipe.model:
-        if name not in known:
-            raise UsageError(f"unknown setting 'model.{name}'; known are {', '.join(known)}")
-    settings = {name: convert(value, fields[name], f"model.{name}") for name, value in recipe.model.items()}
-    return SiloConfig(**{"max_position_embeddings": recipe.sequence_length, **settings, **decided})
+    model_config(recipe)
+    _, origin, tokens = open_inputs(recipe)
+    return outline(recipe, origin, tokens)
 
 
-@dataclass
-class Plan:
-    """Which sequences a run trains on, round by round."""
+def open_inputs(recipe: Recipe) -> tuple[Policy, Origin | None, Tokens]:
+    """The policy, the model to begin with if any, and the corpus as tokens, each judged before it is read."""
+    policy = load_policy(recipe.policy) if recipe.policy else DEFAULT_POLICY
+    if recipe.init is None:
+        return policy, None, open_tokens(recipe.corpus, policy, recipe.vocab_size)
+    origin = Origin.open(recipe.init, policy, recipe.sequence_length)
+    return policy, origin, open_tokens(recipe.corpus, policy, recipe.vocab_size, tokenizer=origin.tokenizer)
 
-    mixture: Mixture
-    validation: Mixture
-    """The same domains' held-back text."""
-    weights: dict[str, float]
-    """Share of each domain in the next round."""
-    total: int
-    """Sequences of the whole run."""
-    step_size: int
-    """Sequences a step, of all processes together."""
 
-    @classmethod
-    def make(cls, recipe: Recipe, tokens: Tokens, processes: int) -> Plan:
-        """Plan a run.
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """accelerate, with the recipe's precision and trackers.
 
-        Raises:
-            UsageError: the corpus is too small for one step, or the recipe's mixture does not fit it.
-        """
-        mixture, validation = (
-            Mixture(tokens, split, by=recipe.domains, length=recipe.sequence_length, seed=recipe.seed)
-            for split in ("train", "val")
+    Raises:
+        UsageError: a tracker is unknown to accelerate, or its package is not installed.
+    """
+    logs = recipe.output.with_name(f"{recipe.output.name}-logs")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, log_with=recipe.trackers or None, project_dir=logs
         )
-        step_size = recipe.batch_size * processes
-        found = sum(domain.sequences for domain in mixture.domains.values())
-        if found < step_size:
-            raise UsageError(
-                f"{recipe.corpus} gives {found} training sequences of {recipe.sequence_length} tokens, and a step "
-                f"takes {step_size}; collect more text, or lower batch_size or sequence_length"
-            )
-        if recipe.mixture is not None:
-            weights = mixture.given_weights(recipe.mixture)
-        else:
-            weights = mixture.natural_weights(upsample=recipe.upsample)
-        return cls(mixture, validation, weights, recipe.token_budget // recipe.sequence_length, step_size)
-
-    def rounds(self, every: int | None) -> Iterator[Drawn]:
-        """The sequences of one round after the other; weights may be changed in between."""
-        left = self.total
-        while left > 0:
-            count = left if every is None else min(left, every * self.step_size)
-            yield self.mixture.draw(count, self.weights)
-            left -= count
+    except ValueError as error:
+        raise UsageError(f"trackers is {recipe.trackers}: {error}") from None
+    if len(accelerator.log_with) < len(recipe.trackers):  # accelerate leaves out what is not installed.
+        raise UsageError(
+            f"trackers is {recipe.trackers}, and not all of them are installed; "
+            "install what is missing, such as `pip install silo-lm[tensorboard]`"
+        )
+    return accelerator
 
 
-def optimize(recipe: Recipe, accelerator: Accelerator, model: SiloForCausalLM, plan: Plan) -> list[float]:
-    """Train by a plan; the model's weights change in place. Returns the loss of each step."""
-    groups = parameter_groups(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
-    batches = plan.total // recipe.batch_size  # Of all processes: accelerate moves the schedule on by one for each.
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, batches, recipe.warmup_fraction))
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    losses: list[float] = []
-    steps = plan.total // plan.step_size
+def identity(
+    recipe: Recipe, policy: Policy, origin: Origin | None, tokens: Tokens, accelerator: Accelerator
+) -> dict[str, Any]:
+    """All that decides a run's weights, as JSON. Files stand for what they hold, wherever they lie."""
+    return {
+        **recipe.decisive_settings(),
+        "corpus": tokens.manifest["corpus"],
+        "policy": policy.fingerprint,
+        "init": origin.fingerprint if origin else None,
+        "processes": accelerator.num_processes,
+    }
+
+
+def summarize(run: Run, lesson: Lesson, parameters: int) -> dict[str, Any]:
+    """What is told of a finished run, and kept beside its model."""
+    teachers = lesson.teachers()
+    last = run.losses[-20:]
+    summary = {
+        "loss": round(sum(last) / len(last), 4),
+        "steps": len(run.losses),
+        "tokens": len(run.losses) * run.recipe.batch_size * run.recipe.sequence_length,
+        "parameters": parameters,
+        "documents": sum("weights" in teacher.taught for teacher in teachers),
+        "documents_by_license": by_license(teachers),
+        "corpus": lesson.tokens.manifest["corpus"],
+    }
+    if run.recipe.domains:
+        summary["domain_weights"] = {name: round(weight, 6) for name, weight in run.plan.weights.items()}
+    if run.recipe.validate_every:
+        summary["validation"] = {kind: run.validate(kind) for kind in run.validation}
+    if lesson.origin:
+        summary["init"] = lesson.origin.summary()
+    return summary
+
+
+def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
+    """Train by a plan, from the latest checkpoint if there is one; the model's weights change in place."""
+    recipe, plan = run.recipe, run.plan
+    found = checkpoints.restore(run.model, run.optimizer, note)
+    if found is not None:
+        plan.restore(found["plan"])
+        run.losses = found["losses"]
+        note(f"going on after step {plan.step} of {plan.steps}")
+    run.start_trackers()
     with progress_bar("train") as progress:
-        for sequences in plan.rounds(recipe.reweight_every):
-            loader = accelerator.prepare(DataLoader(sequences, recipe.batch_size, drop_last=True))
-            model.train()
-            for batch in loader:
-                loss = model(**batch, use_cache=False).loss
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                losses.append(accelerator.reduce(loss.detach(), "mean").item())
-                if not math.isfinite(losses[-1]):
-                    raise SiloError(
-                        f"the loss is {losses[-1]} at step {len(losses)}; lower learning_rate or check the text"
-                    )
-                progress(len(losses), steps)
-            if recipe.reweight_every is not None:
-                plan.weights = reweighted(plan.weights, validation_loss(model, plan.validation), recipe.reweight_rate)
-    return losses
-
-
-def parameter_groups(model: SiloForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, gains do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
-    """Linear rise, then a cosine down to :data:`FINAL_LEARNING_RATE`."""
-    warmup = max(1, round(steps * warmup_fraction))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+        progress(plan.step, plan.steps)
+        while plan.step < plan.steps:
+            if recipe.reweight_every and plan.between_rounds and plan.step:
+                plan.weights = reweighted(plan.weights, run.validate("domain", SEQUENCES), recipe.reweight_rate)
+            run.step(plan.next_batch())
+            progress(plan.step, plan.steps)
+            if recipe.validate_every and plan.step % recipe.validate_every == 0 and recipe.trackers:
+                run.log_validation()
+            if recipe.checkpoint_every and plan.step % recipe.checkpoint_every == 0 and plan.step < plan.steps:
+                checkpoints.save(plan.state(), run.model, run.optimizer, run.losses)

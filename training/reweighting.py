@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-
-from training.data import Mixture
 
 SEQUENCES = 8
 """Validation sequences a domain."""
@@ -32,18 +27,3 @@ def reweighted(weights: Mapping[str, float], losses: Mapping[str, float], rate: 
     grown = {name: weight * math.exp(rate * (losses.get(name, mean) - mean)) for name, weight in weights.items()}
     total = sum(grown.values())
     return {name: weight / total for name, weight in grown.items()}
-
-
-@torch.inference_mode()
-def validation_loss(model: Any, mixture: Mixture) -> dict[str, float]:
-    """The loss of each domain that has a whole sequence of validation text, in nats a token."""
-    model.eval()
-    device = next(model.parameters()).device
-    losses = {}
-    for name in mixture.domains:
-        drawn = mixture.first(name, SEQUENCES)
-        sequences = [drawn[index] for index in range(len(drawn))]
-        if sequences:
-            batch = {key: torch.stack([each[key] for each in sequences]).to(device) for key in sequences[0]}
-            losses[name] = float(model(**batch, use_cache=False).loss)
-    return losses

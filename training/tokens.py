@@ -35,6 +35,7 @@ from silo.files import (
     read_sealed,
     remove_tree,
     sealed,
+    sha256,
     sha256_file,
     sync_directory,
     write_json,
@@ -91,13 +92,16 @@ class Tokens:
         return np.memmap(self.path / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
 
-def open_tokens(path: Path, policy: Policy, vocab_size: int) -> Tokens:
+def open_tokens(
+    path: Path, policy: Policy, vocab_size: int, *, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Tokens:
     """Tokenise a corpus, or open what an earlier run made of it.
 
     Args:
         path: the permissive side of a corpus.
         policy: judges every document, here and now.
         vocab_size: entries of the tokenizer, which is trained on the corpus's training documents if need be.
+        tokenizer: one that exists already, in place of that.
 
     Raises:
         LicenseError: a document is not permissive; it is named, and no text was read.
@@ -106,15 +110,23 @@ def open_tokens(path: Path, policy: Policy, vocab_size: int) -> Tokens:
     """
     corpus = Corpus.open(path)
     corpus.require_permissive(policy)
-    directory = path / "tokens" / f"bpe-{vocab_size}"
+    directory = path / "tokens" / (f"bpe-{vocab_size}" if tokenizer is None else f"bpe-{digest_of(tokenizer)[:12]}")
     directory.parent.mkdir(exist_ok=True)
     with exclusive_lock(directory.with_name(f".{directory.name}.lock"), wait=True):
         if not directory.exists():
             if not corpus.manifest["counts"]["train"]:
                 raise DataError(f"{path} has no training documents; collect more text")
-            tokenizer = train_tokenizer((d.full_text for d in corpus.documents("train")), vocab_size)
-            tokenize(corpus, policy, tokenizer, directory)
-    return _opened(corpus, policy, directory)
+            texts = (document.full_text for document in corpus.documents("train"))
+            tokenize(corpus, policy, tokenizer or train_tokenizer(texts, vocab_size), directory)
+    tokens = _opened(corpus, policy, directory)
+    if tokenizer is not None and digest_of(tokens.tokenizer) != digest_of(tokenizer):
+        raise IntegrityError(f"{directory} was made by another tokenizer; delete it, so that it is made again")
+    return tokens
+
+
+def digest_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of a tokenizer: of how it cuts a text, wherever it is stored."""
+    return sha256(tokenizer.backend_tokenizer.to_str().encode())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

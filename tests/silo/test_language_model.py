@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from silo.documents import Document
 from silo.errors import DataError, UsageError
@@ -107,27 +118,93 @@ def test_prompt_and_text_are_tokenized_as_one(model):
         model.tokenize(Document(id="b", text=""))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+ROTARY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 32}
+
+
+def normed_late(layer, x: torch.Tensor) -> torch.Tensor:
+    return layer.post_attention_layernorm(x)
+
+
+OTHERS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, ROTARY, normed_late),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, ROTARY | {"num_key_value_heads": 2}, normed_late),
+    "gpt_neox": (
+        GPTNeoXConfig, GPTNeoXForCausalLM, ROTARY | {"use_parallel_residual": False},
+        normed_late,
+    ),
+    "pythia": (GPTNeoXConfig, GPTNeoXForCausalLM, ROTARY, None),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, GPT2, lambda layer, x: layer.ln_2(x)),
+}  # fmt: skip
+
+
+def other(kind: str, model, model_dir: Path, directory: Path, **settings) -> LanguageModel:
+    config, model_class, shape, _ = OTHERS[kind]
+    if kind != "gpt2":
+        shape = shape | {"max_position_embeddings": 32}
+    made = config(vocab_size=model.vocab_size, bos_token_id=0, eos_token_id=0, **shape, **settings)
+    return other_model(made, model_class, model_dir, directory)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_any_causal_model_will_do(kind, model, model_dir, tokens, tmp_path):
     """Models of transformers' own give keys of their hidden size, in windows of their context, and proper scores."""
-    if kind == "llama":
-        shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-        config = LlamaConfig(vocab_size=model.vocab_size, max_position_embeddings=32, **shape)
-        other = other_model(config, LlamaForCausalLM, model_dir, tmp_path)
-    else:
-        config = GPT2Config(vocab_size=model.vocab_size, n_embd=24, n_layer=2, n_head=2, n_positions=32)
-        other = other_model(config, GPT2LMHeadModel, model_dir, tmp_path)
-    assert (other.key_spec.layer, other.key_spec.dimension, other.key_spec.context) == ("last_hidden_state", 24, 32)
-    assert np.array_equal(
-        other.tokenize(Document(id="a", text="x = 1")), model.tokenize(Document(id="a", text="x = 1"))
-    )
+    theirs = other(kind, model, model_dir, tmp_path)
+    assert (theirs.key_spec.layer, theirs.key_spec.dimension, theirs.key_spec.context) == ("last_ffn_input", 24, 32)
+    if kind != "qwen2":  # for which transformers cuts text before the tokenizer's file is asked
+        text = Document(id="a", text="x = 1")
+        assert np.array_equal(theirs.tokenize(text), model.tokenize(text))
     document = tokens[0][:100]
-    scored = list(other.score(document))
-    assert np.array_equal(np.concatenate([keys for keys, _ in scored]), other.keys(document))
+    scored = list(theirs.score(document))
+    assert np.array_equal(np.concatenate([keys for keys, _ in scored]), theirs.keys(document))
     with torch.inference_mode():
-        out = other.model(other.inputs(document)[None, :32], output_hidden_states=True)
+        out = theirs.model(theirs.inputs(document)[None, :32])
     torch.testing.assert_close(scored[0][1][:32], out.logits[0].log_softmax(-1), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(other.keys(document)[:32], out.hidden_states[-1][0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_their_keys_are_the_last_ffn_input(kind, model, model_dir, tokens, tmp_path):
+    """A key is what the last layer's norm makes of the state between attention and feed-forward; that state is the
+    layer's input plus what attention adds, which is the layer's output less what the feed-forward part adds."""
+    theirs = other(kind, model, model_dir, tmp_path)
+    inputs = theirs.inputs(tokens[0])[None, :32]
+    layers = next(m for m in theirs.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
+    states = []
+    layers[-1].register_forward_hook(lambda _, given, out: states.extend((given[0], out)))
+    keys = torch.from_numpy(theirs.keys(tokens[0])[:32])
+    with torch.inference_mode():
+        theirs.model(inputs)
+        before, after = (state[0] if isinstance(state, tuple) else state for state in states[-2:])
+        normed = OTHERS[kind][3]
+        if normed is None:  # Both parts read the layer's input: there is no state in between.
+            expected = layers[-1].post_attention_layernorm(before)
+        else:
+            expected = normed(layers[-1], after - layers[-1].mlp(keys))
+    torch.testing.assert_close(keys, expected.view(-1, 24)[:32], rtol=0, atol=1e-4)
+    assert not layers[-1].mlp._forward_pre_hooks
+
+
+def test_the_key_layer_can_be_chosen(model, model_dir, tokens, tmp_path):
+    """last_hidden_state gives transformers' last hidden state; a layer that a model does not give is refused."""
+    other("llama", model, model_dir, tmp_path)
+    theirs = LanguageModel.load(tmp_path, key_layer="last_hidden_state")
+    assert theirs.key_spec.layer == "last_hidden_state"
+    with torch.inference_mode():
+        out = theirs.model(theirs.inputs(tokens[0])[None, :32], output_hidden_states=True)
+    np.testing.assert_allclose(theirs.keys(tokens[0])[:32], out.hidden_states[-1][0].numpy(), atol=1e-5)
+    with pytest.raises(UsageError, match="'first'; expected one of last_ffn_input, last_hidden_state"):
+        LanguageModel.load(tmp_path, key_layer="first")
+    with pytest.raises(UsageError, match="expected last_ffn_input, which is what our models give"):
+        LanguageModel.load(model_dir, key_layer="last_hidden_state")
+
+
+def test_a_model_without_a_known_ffn_falls_back(model, model_dir, tmp_path):
+    """OPT's layers have no feed-forward module: its keys are its last hidden state; to ask for others is refused."""
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
+    config = OPTConfig(vocab_size=model.vocab_size, max_position_embeddings=32, word_embed_proj_dim=24, **shape)
+    assert other_model(config, OPTForCausalLM, model_dir, tmp_path).key_spec.layer == "last_hidden_state"
+    with pytest.raises(UsageError, match="in a OPTForCausalLM the last feed-forward layer was not found"):
+        LanguageModel.load(tmp_path, key_layer="last_ffn_input")
 
 
 def copy_of(model_dir: Path, tmp_path: Path) -> Path:

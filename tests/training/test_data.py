@@ -202,8 +202,8 @@ def test_a_mixture_is_drawn_as_it_is_given(tokens: Tokens):
     mixture = Mixture(tokens, "train", by="source", length=LENGTH, seed=0)
     weights = mixture.given_weights({"large": 1, "t*": 3})
     drawn = mixture.draw(400, weights)
-    assert Counter(name for name, _ in drawn._chosen) == {"large": 100, "tiny": 300}
-    assert len(drawn) == len({pair for pair in drawn._chosen}) == 400
+    assert Counter(name for name, _ in drawn) == {"large": 100, "tiny": 300}
+    assert len(drawn) == len(set(drawn)) == 400
     taught = {
         row.source for n, row in enumerate(r for r in tokens.rows if r.split == "train") if n in set(mixture.used())
     }
@@ -220,7 +220,7 @@ def test_as_many_are_drawn_as_are_asked_for(tokens: Tokens):
     assert idle > 5
     drawn = mixture.draw(domain.sequences, {"pairs": 1.0})
     assert len(drawn) == domain.sequences
-    assert all((drawn[index]["labels"][1:] != IGNORED).any() for index in range(len(drawn)))
+    assert all((mixture.sequence(*each)[1][1:] != IGNORED).any() for each in drawn)
 
 
 def test_a_domain_of_prompts_alone_is_an_error(tokens: Tokens):
@@ -235,10 +235,11 @@ def test_what_was_drawn_is_what_taught(tokens: Tokens):
     """The documents listed as teachers are exactly those with a token in a drawn sequence."""
     mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)
     drawn = mixture.draw(20, {"all": 1.0})
-    spans = [span for _, index in drawn._chosen for span in mixture.domains["all"].spans(index)]
+    spans = [span for _, index in drawn for span in mixture.domains["all"].spans(index)]
     rows = [row for row in tokens.rows if row.split == "train"]
     wanted = [n for n, row in enumerate(rows) if any(row.begin < end and begin < row.end for begin, end, *_ in spans)]
     assert mixture.used().tolist() == wanted
+    assert mixture.documents(drawn) == [rows[number].id for number in wanted]
     assert 0 < len(wanted) < len(rows)
 
 
@@ -254,8 +255,8 @@ def test_reweighting_favours_what_goes_badly():
 def test_batches_are_tensors(tokens: Tokens):
     """What is drawn has the shape and type that a model takes."""
     mixture = Mixture(tokens, "train", by=None, length=LENGTH, seed=0)
-    row = mixture.draw(2, {"all": 1.0})[0]
-    assert {key: (value.shape, value.dtype) for key, value in row.items()} == {
-        "input_ids": (torch.Size([LENGTH]), torch.int64),
-        "labels": (torch.Size([LENGTH]), torch.int64),
+    batch = mixture.batch(mixture.draw(2, {"all": 1.0}))
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+        "input_ids": (torch.Size([2, LENGTH]), torch.int64),
+        "labels": (torch.Size([2, LENGTH]), torch.int64),
     }

@@ -15,8 +15,7 @@ from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-import training.checkpoint
-import training.loop
+import training.model_directory
 import training.tokens
 from silo.cli import main
 from silo.collect import collect
@@ -26,8 +25,10 @@ from silo.documents import Document
 from silo.errors import SiloError, UsageError
 from silo.language_model import LanguageModel
 from silo.modeling import SiloForCausalLM
-from training.loop import learning_rate_factor, train
+from training.loop import train
+from training.optimizer import parameter_groups
 from training.recipe import Recipe
+from training.shape import model_config
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -157,7 +158,7 @@ WRONG = [
     ("model.architectures=[x]", "unknown setting 'model.architectures'"),
     ("model.hidden_size=big", "model.hidden_size is 'big'; expected int"),
     ("model.rms_norm_eps=small", "model.rms_norm_eps is 'small'; expected float"),
-    ("model.ffn=peer", "ffn is 'peer'"),
+    ("model.ffn=peeer", "ffn is 'peeer'"),
     ("model.num_attention_heads=3", "num_attention_heads 3"),
     ("model=[]", "model is []; expected dict"),
     ("sead=1", "unknown setting 'sead'"),
@@ -168,7 +169,7 @@ WRONG = [
     ("learning_rate=.nan", "learning_rate is nan; expected at least 0"),
     ("warmup_fraction=1.5", "warmup_fraction is 1.5; expected 0 to 1"),
     ("token_budget=511", "token_budget is 511; expected at least one step of 32 x 16 tokens"),
-    ("mixed_precision=fp8", "mixed_precision is 'fp8'; expected no or bf16"),
+    ("mixed_precision=fp8", "mixed_precision is 'fp8'; expected one of no, bf16"),
     ("policy=none.yaml", "none.yaml does not exist"),
     ("corpus=none", "none does not exist"),
 ]
@@ -193,7 +194,7 @@ def test_a_wrong_recipe_is_wrong_use(recipe_file, tmp_path, override, said, monk
 def test_numbers_as_yaml_spells_them(recipe_file):
     """1e-6 without a dot, which YAML reads as text, is a number in a model's fields as it is in the recipe's."""
     recipe = load_config(Recipe, recipe_file, ["model.rms_norm_eps=1e-6", "learning_rate=1e-3"])
-    assert training.loop.model_config(recipe).rms_norm_eps == 1e-6
+    assert model_config(recipe).rms_norm_eps == 1e-6
     assert recipe.learning_rate == 1e-3
 
 
@@ -218,7 +219,9 @@ def test_too_little_text_is_said(recipe_file, tmp_path):
 
 def test_a_loss_that_explodes_leaves_nothing(recipe_file, tmp_path):
     """A run whose loss is not finite ends with 1 and a line that says at which step, and no model is written."""
-    with pytest.raises(SiloError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
+    with pytest.raises(
+        SiloError, match=r"the (loss|gradient) is \S+( finite)? at step \d+; lower learning_rate.*: 'python:click/"
+    ):
         run(recipe_file, "learning_rate=1e30", "max_grad_norm=1e30")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -230,7 +233,7 @@ def test_a_failing_write_leaves_nothing(recipe_file, tmp_path, monkeypatch, step
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.checkpoint, step, full)
+    monkeypatch.setattr(training.model_directory, step, full)
     result = CliRunner().invoke(main, ["train", str(recipe_file)])
     assert (result.exit_code, result.stderr) == (1, "error: input/output: No space left on device\n")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
@@ -239,15 +242,15 @@ def test_a_failing_write_leaves_nothing(recipe_file, tmp_path, monkeypatch, step
 def test_a_kill_leaves_no_model(recipe_file, tmp_path):
     """Killed with all but the last file written, a run leaves no model, and the next one sweeps up and makes it."""
     program = (
-        "import os, signal, sys\nimport training.checkpoint\nfrom silo.cli import main\n"
-        "training.checkpoint.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nimport training.model_directory\nfrom silo.cli import main\n"
+        "training.model_directory.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(['train', *sys.argv[1:]])\n"
     )
     command = [sys.executable, "-c", program, str(recipe_file)]
     killed = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "model").exists()
-    assert hidden(tmp_path) == [".model.partial"]
+    assert sorted(hidden(tmp_path)) == [".model.partial", ".model.run"]
     (tmp_path / ".model.partial" / "leftover").write_text("of the killed run")
     _, output = run(recipe_file)
     assert not (output / "leftover").exists()
@@ -269,10 +272,10 @@ def test_accelerate_launch_gives_the_same(recipe_file, tmp_path):
 
 SPY = """
 import json, os, sys
-import training.loop
+import training.run
 from silo.cli import main
-factors, factor = [], training.loop.learning_rate_factor
-training.loop.learning_rate_factor = lambda *arguments: factors.append(factor(*arguments)) or factors[-1]
+factors, factor = [], training.run.learning_rate_factor
+training.run.learning_rate_factor = lambda *a, **k: factors.append(factor(*a, **k)) or factors[-1]
 try:
     main(["train", *sys.argv[2:], "--json"])
 finally:
@@ -283,7 +286,7 @@ finally:
 
 
 def test_two_processes_make_one_model(recipe_file, tmp_path):
-    """Two processes train one model on twice the sequences a step; one of them writes it and speaks.
+    """Two processes share the sequences of each step and train one model; one of them writes it and speaks.
 
     The learning rate falls once to its end, and neither process ever loads the store's code."""
     spy = tmp_path / "spy.py"
@@ -291,7 +294,7 @@ def test_two_processes_make_one_model(recipe_file, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     done = subprocess.run(
-        [*launch, str(spy), str(tmp_path), str(recipe_file), "batch_size=8"],
+        [*launch, str(spy), str(tmp_path), str(recipe_file)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -305,7 +308,7 @@ def test_two_processes_make_one_model(recipe_file, tmp_path):
     assert hidden(tmp_path) == []
     assert LanguageModel.load(tmp_path / "model").vocab_size <= 300
     alone, _ = run(recipe_file, f"output={tmp_path / 'alone'}")
-    assert summary["loss"] == pytest.approx(alone["loss"], abs=0.15)
+    assert summary["loss"] == pytest.approx(alone["loss"], abs=0.01)
     for rank in ("rank0.json", "rank1.json"):
         seen = json.loads((tmp_path / rank).read_bytes())
         assert seen["factors"][-1] == pytest.approx(0.1, abs=0.01)
@@ -315,20 +318,10 @@ def test_two_processes_make_one_model(recipe_file, tmp_path):
         assert not {"datastore", "eval", "faiss", "jnius"} & set(seen["modules"])
 
 
-def test_the_learning_rate_by_hand():
-    """It rises in equal steps to the peak, stands half-way down in the middle of the rest, and ends at a tenth."""
-    factors = [learning_rate_factor(step, 105, 0.05) for step in range(105)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[55] == pytest.approx(0.55)
-    assert learning_rate_factor(105, 105, 0.05) == pytest.approx(0.1)
-    assert factors[5:] == sorted(factors[5:], reverse=True)
-    assert learning_rate_factor(0, 1, 0.0) == 1.0
-
-
 def test_matrices_decay_and_gains_do_not(recipe_file):
     """Weight decay is on every parameter of two or more dimensions and on no other, and no parameter is left out."""
-    model = SiloForCausalLM(training.loop.model_config(load_config(Recipe, recipe_file), vocab_size=300))
-    decayed, kept = training.loop.parameter_groups(model, 0.1)
+    model = SiloForCausalLM(model_config(load_config(Recipe, recipe_file)))
+    decayed, kept = parameter_groups(model.parameters(), 0.1)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(parameter)] for parameter in kept["params"]} == {name for name in names.values() if "norm" in name}

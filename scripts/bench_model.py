@@ -1,0 +1,206 @@
+"""How fast the model's layers train: forward, backward and optimizer, each in turns with its peer.
+
+    python scripts/bench_model.py > scripts/results/model.json
+
+- ``dense`` and ``moe``: whole decoders of one shape, ours and transformers' Llama and Mixtral (experts by
+  ``grouped_mm``), with torch's fused AdamW for all.
+- ``peer``: one layer, 256 wide, 8 heads of 16 experts, 512 tokens a step; ours with 65,536 and 1,048,576 experts and
+  its row-wise AdamW, PEER-pytorch's with torch's AdamW (``--no-peer-pytorch`` if it is not installed).
+- ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
+
+Tokens are random. Prints one JSON document: machine, command, commit, seed, medians, and ratios round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+from recording import commit, machine
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from silo.modeling import SiloConfig, SiloForCausalLM
+from silo.product_keys import PeerFFN
+from training.optimizer import RowAdamW
+
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "tie_word_embeddings": True,
+}
+BATCH, TIME = 4, 256
+WIDTH, HEADS, EXPERTS_PER_HEAD, TOKENS = 256, 8, 16, 512
+SIZES = {"65k": 256**2, "1m": 1024**2}
+Step = Callable[[], None]
+
+
+@click.command()
+@click.option("--rounds", default=7, show_default=True, help="Counted rounds, after one that warms up.")
+@click.option("--threads", default=None, type=int, help="Threads of torch.  [default: all cores]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--part", "parts", multiple=True, type=click.Choice(["dense", "moe", "peer", "peer_decoder"]))
+@click.option("--peer-pytorch/--no-peer-pytorch", default=True, show_default=True)
+@click.option("--profile", is_flag=True, help="Print torch.profiler's table of each contestant to stderr.")
+def main(
+    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, profile: bool
+) -> None:
+    """Measure, and print one JSON document."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    contests: dict[str, Callable[[], dict[str, Step]]] = {
+        "dense": lambda: decoders("dense"),
+        "moe": lambda: decoders("moe"),
+        "peer": lambda: peers(peer_pytorch),
+        "peer_decoder": peer_decoders,
+    }
+    result = {}
+    for part in parts or contests:
+        steps = contests[part]()
+        result[part] = compare(steps, rounds)
+        print(f"{part}: {result[part]['milliseconds']}", file=sys.stderr, flush=True)
+        if profile:
+            for name, step in steps.items():
+                print(name, profiled(step), file=sys.stderr)
+    report = {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "command": "python scripts/bench_model.py " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "seed": seed,
+        "shape": SHAPE | {"batch": BATCH, "time": TIME},
+        "rounds": rounds,
+        "result": result,
+    }
+    print(json.dumps(report, indent=1))
+
+
+def decoders(kind: str) -> dict[str, Step]:
+    """Training steps of our decoder and of transformers'."""
+    ours = SiloForCausalLM(SiloConfig(**SHAPE, ffn=kind, num_experts=8, num_experts_per_tok=2))
+    theirs: nn.Module
+    if kind == "dense":
+        theirs = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    else:
+        config = MixtralConfig(
+            **SHAPE, num_local_experts=8, num_experts_per_tok=2, output_router_logits=True, sliding_window=None
+        )
+        config._experts_implementation = "grouped_mm"
+        theirs = MixtralForCausalLM(config)
+    fused = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    return {
+        "silo": language_step(ours, torch.optim.AdamW(ours.parameters(), **fused)),
+        "transformers": language_step(theirs, torch.optim.AdamW(theirs.parameters(), **fused)),
+    }
+
+
+def peer_decoders() -> dict[str, Step]:
+    """Training steps of our decoder with PEER in its third of four layers, as the paper has it in the middle."""
+    steps = {}
+    for name, experts in SIZES.items():
+        kinds = ["dense", "dense", "peer", "dense"]
+        model = SiloForCausalLM(SiloConfig(**SHAPE, ffn=kinds, peer_num_experts=experts))
+        steps[f"silo_{name}"] = language_step(model, RowAdamW(model.parameters()))
+    return steps
+
+
+def language_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """One training step of a language model on new random tokens."""
+    model.train()
+
+    def step() -> None:
+        tokens = torch.randint(SHAPE["vocab_size"], (BATCH, TIME))
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peers(with_peer_pytorch: bool) -> dict[str, Step]:
+    """Training steps of one PEER layer: ours and PEER-pytorch's, at both sizes."""
+    steps = {}
+    for name, experts in SIZES.items():
+        shape = {"hidden_size": WIDTH, "num_attention_heads": 8, "num_key_value_heads": 8}
+        config = SiloConfig(
+            **shape, ffn="peer", peer_num_experts=experts, peer_heads=HEADS,
+            peer_experts_per_head=EXPERTS_PER_HEAD, key_dim=WIDTH, query_batch_norm=False, shared_keys=False,
+        )  # fmt: skip
+        layer = PeerFFN(config)
+        nn.init.normal_(layer.down.weight, std=WIDTH**-0.5)
+        nn.init.normal_(layer.up.weight, std=WIDTH**-0.5)
+        nn.init.normal_(layer.retrieval.keys, std=0.02)
+        steps[f"silo_{name}"] = layer_step(layer, RowAdamW(layer.parameters()))
+    if with_peer_pytorch:
+        from PEER_pytorch import PEER
+
+        for name, experts in SIZES.items():
+            # Its default would cut each head's experts to one; its keys are 2 · dim // 2 wide, as ours here.
+            theirs = PEER(
+                WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=EXPERTS_PER_HEAD,
+                non_competing_scores=False,
+            )  # fmt: skip
+            optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+            steps[f"peer_pytorch_{name}"] = layer_step(theirs, optimizer)
+    return steps
+
+
+def layer_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """One training step of a layer on new random inputs."""
+
+    def step() -> None:
+        x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+        out = layer(x)
+        (out[0] if isinstance(out, tuple) else out).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
+    """Run contestants in turns; medians of their times, and of each one's time over the first's, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begin)
+    kept = {name: values[1:] for name, values in seconds.items()}
+    ratios = {
+        f"{name}_over_{first}": [a / b for a, b in zip(kept[name], kept[first], strict=True)]
+        for first in kept
+        for name in kept
+        if name != first
+    }
+    return {
+        "milliseconds": {name: round(1000 * statistics.median(values), 2) for name, values in kept.items()},
+        "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+        "spread": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
+    }
+
+
+def profiled(step: Step) -> str:
+    """Where the time of three steps goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            step()
+    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50)
+
+
+if __name__ == "__main__":
+    main()

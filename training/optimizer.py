@@ -1,0 +1,154 @@
+"""AdamW that works by rows where a gradient is sparse, so that a step costs what it touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from silo.errors import UsageError
+from silo.rows import coalesced
+
+ROWS_AT_ONCE = 512
+"""Rows updated in one go: they, their gradients and their moments fit into a core's cache."""
+
+
+class RowAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov 2019) for dense gradients, and lazily for the rows of sparse ones.
+
+    A row's moments decay, and its weights move and decay, in the steps that give it a gradient; else it stands still.
+    Bias correction counts all steps, as ``torch.optim.SparseAdam`` does, so that a row which is first chosen late
+    starts with smaller steps. When every row has a gradient in every step, this is AdamW. Unlike SparseAdam it takes
+    coalesced gradients as they are and updates a few rows at a time, which never leave the cache.
+
+    Args:
+        params: parameters or groups, as for any optimizer.
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, in units of the learning rate.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on all parameters that have a gradient; returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            settings = {
+                "beta1": group["betas"][0],
+                "beta2": group["betas"][1],
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+                "eps": group["eps"],
+            }
+            dense: list[torch.Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                if parameter.grad.is_sparse:
+                    update_rows(parameter, coalesced(parameter.grad), state, settings)
+                else:
+                    dense.append(parameter)
+            if dense:
+                first, second, steps = (
+                    [self.state[parameter][name] for parameter in dense] for name in ("exp_avg", "exp_avg_sq", "step")
+                )
+                update(dense, [parameter.grad for parameter in dense], first, second, steps, settings)
+        return loss
+
+
+def update(
+    weights: list[torch.Tensor],
+    gradients: list[Any],
+    first: list[torch.Tensor],
+    second: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    settings: dict[str, Any],
+) -> None:
+    """torch's fused AdamW on tensors; weights, moments and steps change in place."""
+    adamw(weights, gradients, first, second, [], steps, fused=True, amsgrad=False, maximize=False, **settings)
+
+
+def update_rows(
+    weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any]
+) -> None:
+    """AdamW on the rows of a coalesced gradient, in place."""
+    whole = (weight, state["exp_avg"], state["exp_avg_sq"])
+    for rows, values in zip(
+        gradient.indices()[0].split(ROWS_AT_ONCE), gradient.values().split(ROWS_AT_ONCE), strict=True
+    ):
+        part = [tensor.index_select(0, rows) for tensor in whole]
+        update([part[0]], [values], [part[1]], [part[2]], [state["step"].clone()], settings)
+        for tensor, changed in zip(whole, part, strict=True):
+            tensor.index_copy_(0, rows, changed)
+    state["step"] += 1
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients, dense and sparse, in place so that their norm together is at most ``max_norm``.
+
+    ``torch.nn.utils.clip_grad_norm_`` does the same for dense gradients only.
+
+    Returns:
+        The norm before, a scalar.
+
+    Raises:
+        UsageError: ``max_norm`` is negative.
+    """
+    if max_norm < 0:
+        raise UsageError(f"max_norm is {max_norm}; expected at least 0")
+    values = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = coalesced(parameter.grad)
+            values.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            values.append(parameter.grad)
+    if not values:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in values]))
+    torch._foreach_mul_(values, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> RowAdamW:
+    """The optimizer of a run, each group with its peak as ``initial_lr``."""
+    optimizer = RowAdamW(parameter_groups(model.parameters(), weight_decay), lr=learning_rate)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def parameter_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, gains do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def set_learning_rate(optimizer: Any, factor: float) -> None:
+    """Set every group's learning rate to a share of its ``initial_lr``, the one that it was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
