@@ -57,8 +57,8 @@ def create(
     """
     if control is None and (codes or lists):
         raise UsageError("--codes and --lists are fitted on text; give --control CORPUS with them")
-    from datastore.control import CODES, MAX_LISTS, describe, fit_control_plane
-    from datastore.store import Store, read_trained_on
+    from datastore.control import CODES, MAX_LISTS, describe, fit_control_plane, read_trained_on
+    from datastore.store import Store
     from silo.language_model import LanguageModel
     from silo.licensing import DEFAULT_POLICY, load_policy
 

@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 
 from datastore.codes import Codes
-from silo.corpus import Corpus
+from silo.corpus import TRAINED_ON, Corpus
 from silo.documents import Document
 from silo.errors import LicenseError, UsageError
 from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
@@ -200,3 +200,11 @@ def provenance(documents: Iterable[Document]) -> list[dict[str, str]]:
 def describe(control: ControlPlane) -> dict[str, Any]:
     """Numbers for a person."""
     return {"lists": len(control.centroids), "codes": control.codes.name, "documents": len(control.provenance)}
+
+
+def read_trained_on(model_directory: Path) -> set[str]:
+    """Content hashes of the documents that taught a model of ours; none for a model that does not say."""
+    path = model_directory / TRAINED_ON
+    if not path.is_file():
+        return set()
+    return {json.loads(line)["content_hash"] for line in path.read_bytes().splitlines()}

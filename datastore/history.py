@@ -20,6 +20,8 @@ from silo.files import canonical_json, read_checked, sha256, sync_directory, wri
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from datastore.shard import DocumentRow
+
 FIRST = "0" * 64
 """What stands before the first line of a log."""
 
@@ -138,3 +140,16 @@ def discard_uncommitted(receipts: Path, last_sequence: int) -> None:
         if path.name.endswith(".tmp") or (number.isdigit() and int(number) > last_sequence):
             path.unlink()
     sync_directory(receipts)
+
+
+def receipt_row(shard: str, row: DocumentRow) -> dict[str, Any]:
+    """What a receipt says of a document: never its text or title."""
+    return {
+        "id": row.id,
+        "shard": shard,
+        "owner": row.owner,
+        "license": row.license,
+        "source": row.source,
+        "content_hash": row.content_hash,
+        "tokens": row.end - row.begin,
+    }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -170,3 +171,18 @@ def read_rows(directory: Path, manifest: dict) -> list[DocumentRow]:
     """Read and check the rows of a shard whose manifest is known."""
     data = read_checked(directory / "documents.jsonl", manifest["files"]["documents.jsonl"])
     return [DocumentRow(**json.loads(line)) for line in data.splitlines()]
+
+
+def shard_name(document: Document | DocumentRow) -> str:
+    """The shard that a document belongs to: its owner's, or its source's where no owner is known."""
+    return document.owner or document.source
+
+
+def slug(name: str) -> str:
+    """A shard's name as part of a file name; the hash beside it makes it unique."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "shard"
+
+
+def token_type(vocab_size: int) -> type:
+    """The narrowest type for the tokens of a vocabulary."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32

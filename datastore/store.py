@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,12 +32,12 @@ from datastore import spool as spooled
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
 from datastore.groups import build_group, first_free_row, regroup
-from datastore.history import Receipt
+from datastore.history import Receipt, receipt_row
 from datastore.integrity import refuse_strays, verify_directory
 from datastore.interchange import read_export, write_export
 from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
 from datastore.selection import Selection
-from datastore.shard import DocumentRow, Encoded, Shard, write_shard
+from datastore.shard import DocumentRow, Encoded, Shard, shard_name, slug, token_type, write_shard
 from datastore.snapshot import Snapshot
 from datastore.spool import Spool
 from silo.documents import Document
@@ -476,41 +475,3 @@ class Store(Snapshot):
             "collected": collected,
             "unfinished_add": spooled.count(self._spool),
         }
-
-
-def token_type(vocab_size: int) -> type:
-    """The narrowest type for the tokens of a vocabulary."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def shard_name(document: Document | DocumentRow) -> str:
-    """The shard that a document belongs to: its owner's, or its source's where no owner is known."""
-    return document.owner or document.source
-
-
-def slug(name: str) -> str:
-    """A shard's name as part of a file name; the hash beside it makes it unique."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "shard"
-
-
-def receipt_row(shard: str, row: DocumentRow) -> dict[str, Any]:
-    """What a receipt says of a document: never its text or title."""
-    return {
-        "id": row.id,
-        "shard": shard,
-        "owner": row.owner,
-        "license": row.license,
-        "source": row.source,
-        "content_hash": row.content_hash,
-        "tokens": row.end - row.begin,
-    }
-
-
-def read_trained_on(model_directory: Path) -> set[str]:
-    """Content hashes of the documents that taught a model of ours; none for a model that does not say."""
-    from silo.corpus import TRAINED_ON
-
-    path = model_directory / TRAINED_ON
-    if not path.is_file():
-        return set()
-    return {json.loads(line)["content_hash"] for line in path.read_bytes().splitlines()}

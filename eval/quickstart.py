@@ -23,8 +23,8 @@ import click
 import yaml
 from tokenizers import Tokenizer
 
-from datastore.control import ControlPlane, describe, fit_control_plane
-from datastore.store import Selection, Store, read_trained_on
+from datastore.control import ControlPlane, describe, fit_control_plane, read_trained_on
+from datastore.store import Selection, Store
 from eval import domains
 from eval.attribution import explain, most_gained, share_of
 from eval.domains import Domain, Result
