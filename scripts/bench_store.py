@@ -2,10 +2,11 @@
 
     python scripts/bench_store.py CORPUS/*.jsonl.zst --model quickstart/model > scripts/results/store.json
 
-Documents of real text are encoded once, and dealt out to 1, 200 and 2,000 owners, whose stores hold the same keys. The
-peer of the neighbours is one merged FAISS index in memory over those keys, without documents or ties; that of the
-blocks is one Lucene index, which is the store of one owner. Both take turns with ours. For removals, one more owner
-with a million tokens joins stores of 10 and of 1,000 owners.
+Documents of real text are encoded once, and dealt out to 1, 4, 200 and 2,000 owners, whose stores hold the same keys;
+each of the 4 has a search structure of its own. Building a shard takes turns with the model's forward pass alone, up to
+the keys, over the same documents. The peer of the neighbours is one merged FAISS index in memory over those keys,
+without documents or ties; that of the blocks is one Lucene index, which is the store of one owner. Both take turns with
+ours. For removals, one more owner with a million tokens joins stores of 10 and of 1,000 owners.
 
 Prints one JSON document: machine, command, commit, seed, data hash, result.
 """
@@ -43,6 +44,9 @@ from silo.sources import open_source
 NEIGHBOURS = 256
 QUERIES = 1024
 LARGE = "the owner of much"
+SEARCHED = (1, 4, 200, 2000)
+BUILT_TOKENS = 200_000
+"""Of the shard that is built in turn with the forward pass."""
 
 
 @click.command()
@@ -68,10 +72,12 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
         cut = int(np.searchsorted(rows, tokens))
         small, large = encoded[:cut], [owned(each, LARGE) for each in encoded[cut:]]
         say(f"{rows[-1]:,} keys in {encoding:.0f} s")
-        stores = {n: build(root / f"owners-{n}", lm, model, plane, small, n) for n in (1, 10, 200, 1000, 2000)}
+        stores = {n: build(root / f"owners-{n}", lm, model, plane, small, n) for n in (1, 4, 10, 200, 1000, 2000)}
         queries = plane.quantizer().decode(np.concatenate([each.codes for each in small[:40]]))[:QUERIES]
         result = {
             "keys": int(rows[cut - 1]),
+            "groups": {n: len(store.manifest.groups) for n, store in stores.items()},
+            "building": building(root, lm, model, plane, restricted, rounds),
             "opening": {n: opening(stores[n], rounds) for n in (10, 1000)},
             "neighbours": neighbours(stores, plane, small, queries, rounds),
             "blocks": blocks(stores, lm, small, rounds),
@@ -133,6 +139,26 @@ def build(
     return store
 
 
+def building(
+    root: Path, lm: LanguageModel, model: Path, plane: ControlPlane, documents: list[Document], rounds: int
+) -> dict[str, Any]:
+    """Tokens a second of adding documents to an empty store, and of the model's forward pass over the same tokens."""
+    chosen: list[Document] = []
+    tokens: list[np.ndarray] = []
+    for document in documents:
+        if sum(map(len, tokens)) >= BUILT_TOKENS:
+            break
+        chosen.append(replace(document, owner=LARGE))
+        tokens.append(lm.tokenize(document))
+    seconds: dict[str, list[float]] = {"forward": [], "add": []}
+    for number in range(rounds + 1):
+        store = Store.create(root / f"built-{number}", lm, model / "tokenizer.json", plane)
+        seconds["forward"].append(timed(lambda: [lm.keys(each) for each in tokens]))
+        seconds["add"].append(timed(lambda store=store: store.add(chosen, lm)))  # type: ignore[misc]
+        shutil.rmtree(store.path)
+    return rates(seconds, "forward", sum(map(len, tokens)))
+
+
 def opening(store: Store, rounds: int) -> float:
     """Median seconds to open a store and its neighbours."""
     return statistics.median(timed(lambda: Store.open(store.path).neighbours()) for _ in range(rounds))
@@ -149,12 +175,9 @@ def neighbours(
     stores: dict[int, Store], plane: ControlPlane, encoded: list[Encoded], queries: np.ndarray, rounds: int
 ) -> dict[str, Any]:
     """Queries a second of each store, and of one merged index in memory."""
-    coarse = plane.coarse_index()
-    lists = len(plane.centroids)
-    merged = faiss.IndexIVFScalarQuantizer(
-        coarse, plane.dimension, lists, plane.quantizer().qtype, faiss.METRIC_L2, False
-    )
-    merged.sq, merged.is_trained, merged.nprobe = plane.quantizer(), True, min(PROBES, lists)
+    coarse, lists = plane.coarse_index(), len(plane.centroids)
+    merged = plane.codes.index(coarse, lists)
+    merged.nprobe = min(PROBES, lists)
     numbers, codes = (np.concatenate([getattr(each, name) for each in encoded]) for name in ("lists", "codes"))
     order = np.argsort(numbers, kind="stable").astype(np.int64)
     for number in range(lists):
@@ -163,7 +186,7 @@ def neighbours(
             of_list = np.ascontiguousarray(codes[rows])
             merged.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(of_list))
     merged.ntotal = len(numbers)
-    opened = {n: stores[n].neighbours() for n in (1, 200, 2000)}
+    opened = {n: stores[n].neighbours() for n in SEARCHED}
     seconds: dict[str, list[float]] = {"merged": [], **{str(n): [] for n in opened}}
     for _ in range(rounds + 1):
         seconds["merged"].append(timed(lambda: merged.search(queries, NEIGHBOURS)))
@@ -175,7 +198,7 @@ def neighbours(
 def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:
     """Queries a second of the BM25 index of each store."""
     texts = [lm.tokenizer.decode(each.tokens[100:164].tolist()) for each in encoded if len(each.tokens) > 200][:256]
-    opened = {n: stores[n].blocks() for n in (1, 200, 2000)}
+    opened = {n: stores[n].blocks() for n in SEARCHED}
     seconds: dict[str, list[float]] = {str(n): [] for n in opened}
     for _ in range(rounds + 1):
         for n, index in opened.items():
