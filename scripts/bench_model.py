@@ -5,7 +5,8 @@
 - ``dense`` and ``moe``: whole decoders of one shape, ours and transformers' Llama and Mixtral (experts by
   ``grouped_mm``), with torch's fused AdamW for all.
 - ``peer``: one layer, 256 wide, 8 heads of 16 experts, 512 tokens a step; ours with 65,536 and 1,048,576 experts and
-  its row-wise AdamW, PEER-pytorch's with torch's AdamW (``--no-peer-pytorch`` if it is not installed).
+  its row-wise AdamW, PEER-pytorch's with torch's fused AdamW (``--no-peer-pytorch`` if it is not installed; with it
+  16 GB of memory are needed).
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
 Tokens are random. Prints one JSON document: machine, command, commit, seed, medians, and ratios round by round.
@@ -45,6 +46,7 @@ SHAPE = {
 BATCH, TIME = 4, 256
 WIDTH, HEADS, EXPERTS_PER_HEAD, TOKENS = 256, 8, 16, 512
 SIZES = {"65k": 256**2, "1m": 1024**2}
+FUSED: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 Step = Callable[[], None]
 
 
@@ -101,10 +103,9 @@ def decoders(kind: str) -> dict[str, Step]:
         )
         config._experts_implementation = "grouped_mm"
         theirs = MixtralForCausalLM(config)
-    fused = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     return {
-        "silo": language_step(ours, torch.optim.AdamW(ours.parameters(), **fused)),
-        "transformers": language_step(theirs, torch.optim.AdamW(theirs.parameters(), **fused)),
+        "silo": language_step(ours, torch.optim.AdamW(ours.parameters(), **FUSED)),
+        "transformers": language_step(theirs, torch.optim.AdamW(theirs.parameters(), **FUSED)),
     }
 
 
@@ -154,7 +155,7 @@ def peers(with_peer_pytorch: bool) -> dict[str, Step]:
                 WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=EXPERTS_PER_HEAD,
                 non_competing_scores=False,
             )  # fmt: skip
-            optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+            optimizer = torch.optim.AdamW(theirs.parameters(), **FUSED)
             steps[f"peer_pytorch_{name}"] = layer_step(theirs, optimizer)
     return steps
 
