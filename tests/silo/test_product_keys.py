@@ -34,6 +34,7 @@ def random_layer(kind, **settings):
     return layer
 
 
+@torch.no_grad()
 def by_loop(layer, row: torch.Tensor, k: int = 4) -> torch.Tensor:
     """What a layer gives for one token, with every product key scored and sorted, head by head."""
     retrieval = layer.retrieval
