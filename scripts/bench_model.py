@@ -5,7 +5,7 @@
 - ``dense`` and ``moe``: whole decoders of one shape, ours and transformers' Llama and Mixtral (experts by
   ``grouped_mm``), with torch's fused AdamW for all.
 - ``peer``: one layer, 256 wide, 8 heads of 16 experts, 512 tokens a step; ours with 65,536 and 1,048,576 experts and
-  its row-wise AdamW, PEER-pytorch's with torch's fused AdamW, for which 16 GB of memory are needed
+  its row-wise AdamW, PEER-pytorch's with torch's AdamW, fused or as it is by default, for which 16 GB of memory are needed
   (``--no-peer-pytorch`` if it is not installed).
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
@@ -60,9 +60,10 @@ Step = Callable[[], None]
 @click.option("--seed", default=0, show_default=True)
 @click.option("--part", "parts", multiple=True, type=click.Choice(["dense", "moe", "peer", "peer_decoder"]))
 @click.option("--peer-pytorch/--no-peer-pytorch", default=True, show_default=True)
+@click.option("--fused/--not-fused", default=True, show_default=True, help="AdamW of PEER-pytorch: its kernel.")
 @click.option("--profile", is_flag=True, help="Print torch.profiler's table of each contestant to stderr.")
 def main(
-    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, profile: bool
+    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, fused: bool, profile: bool
 ) -> None:
     """Measure, and print one JSON document."""
     if threads is not None:
@@ -71,7 +72,7 @@ def main(
     contests: dict[str, Callable[[], dict[str, Step]]] = {
         "dense": lambda: decoders("dense"),
         "moe": lambda: decoders("moe"),
-        "peer": lambda: peers(peer_pytorch),
+        "peer": lambda: peers(peer_pytorch, fused),
         "peer_decoder": peer_decoders,
     }
     result = {}
@@ -137,7 +138,7 @@ def language_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def peers(with_peer_pytorch: bool) -> dict[str, Step]:
+def peers(with_peer_pytorch: bool, fused: bool = True) -> dict[str, Step]:
     """Training steps of one PEER layer: ours and PEER-pytorch's, at both sizes."""
     steps = {}
     for name, experts in SIZES.items():
@@ -160,7 +161,7 @@ def peers(with_peer_pytorch: bool) -> dict[str, Step]:
                 WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=EXPERTS_PER_HEAD,
                 non_competing_scores=False,
             )  # fmt: skip
-            optimizer = torch.optim.AdamW(theirs.parameters(), **FUSED)
+            optimizer = torch.optim.AdamW(theirs.parameters(), **(FUSED | {"fused": fused or None}))
             steps[f"peer_pytorch_{name}"] = layer_step(theirs, optimizer)
     return steps
 
