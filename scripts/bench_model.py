@@ -5,8 +5,8 @@
 - ``dense`` and ``moe``: whole decoders of one shape, ours and transformers' Llama and Mixtral (experts by
   ``grouped_mm``), with torch's fused AdamW for all.
 - ``peer``: one layer, 256 wide, 8 heads of 16 experts, 512 tokens a step; ours with 65,536 and 1,048,576 experts and
-  its row-wise AdamW, PEER-pytorch's with torch's AdamW, fused or as it is by default, for which 16 GB of memory are needed
-  (``--no-peer-pytorch`` if it is not installed).
+  its row-wise AdamW, PEER-pytorch's with torch's AdamW, fused or as it is by default (``--not-fused``), for which 16
+  GB of memory are needed (``--no-peer-pytorch`` if it is not installed).
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
 Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks Linux for huge pages, which spares a
