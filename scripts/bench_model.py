@@ -5,15 +5,20 @@
 - ``dense`` and ``moe``: whole decoders of one shape, ours and transformers' Llama and Mixtral (experts by
   ``grouped_mm``), with torch's fused AdamW for all.
 - ``peer``: one layer, 256 wide, 8 heads of 16 experts, 512 tokens a step; ours with 65,536 and 1,048,576 experts and
-  its row-wise AdamW, PEER-pytorch's with torch's AdamW (``--no-peer-pytorch`` if it is not installed).
+  its row-wise AdamW, PEER-pytorch's with torch's AdamW, fused or as it is by default (``--not-fused``), for which 16
+  GB of memory are needed (``--no-peer-pytorch`` if it is not installed).
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
-Tokens are random. Prints one JSON document: machine, command, commit, seed, medians, and ratios round by round.
+Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks Linux for huge pages, which spares a
+million experts most of their page faults; both contestants gain. Prints one JSON document: machine, command, commit,
+seed, medians, and ratios round by round.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -45,6 +50,7 @@ SHAPE = {
 BATCH, TIME = 4, 256
 WIDTH, HEADS, EXPERTS_PER_HEAD, TOKENS = 256, 8, 16, 512
 SIZES = {"65k": 256**2, "1m": 1024**2}
+FUSED: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 Step = Callable[[], None]
 
 
@@ -54,9 +60,10 @@ Step = Callable[[], None]
 @click.option("--seed", default=0, show_default=True)
 @click.option("--part", "parts", multiple=True, type=click.Choice(["dense", "moe", "peer", "peer_decoder"]))
 @click.option("--peer-pytorch/--no-peer-pytorch", default=True, show_default=True)
+@click.option("--fused/--not-fused", default=True, show_default=True, help="AdamW of PEER-pytorch: its kernel.")
 @click.option("--profile", is_flag=True, help="Print torch.profiler's table of each contestant to stderr.")
 def main(
-    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, profile: bool
+    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, fused: bool, profile: bool
 ) -> None:
     """Measure, and print one JSON document."""
     if threads is not None:
@@ -65,20 +72,21 @@ def main(
     contests: dict[str, Callable[[], dict[str, Step]]] = {
         "dense": lambda: decoders("dense"),
         "moe": lambda: decoders("moe"),
-        "peer": lambda: peers(peer_pytorch),
+        "peer": lambda: peers(peer_pytorch, fused),
         "peer_decoder": peer_decoders,
     }
     result = {}
     for part in parts or contests:
         steps = contests[part]()
         result[part] = compare(steps, rounds)
-        print(f"{part}: {result[part]['milliseconds']}", file=sys.stderr, flush=True)
+        print(f"{part}: {result[part]['wall']['milliseconds']}", file=sys.stderr, flush=True)
         if profile:
             for name, step in steps.items():
                 print(name, profiled(step), file=sys.stderr)
     report = {
         "machine": machine(),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "command": "python scripts/bench_model.py " + " ".join(sys.argv[1:]),
         "commit": commit(),
         "seed": seed,
@@ -101,10 +109,9 @@ def decoders(kind: str) -> dict[str, Step]:
         )
         config._experts_implementation = "grouped_mm"
         theirs = MixtralForCausalLM(config)
-    fused = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     return {
-        "silo": language_step(ours, torch.optim.AdamW(ours.parameters(), **fused)),
-        "transformers": language_step(theirs, torch.optim.AdamW(theirs.parameters(), **fused)),
+        "silo": language_step(ours, torch.optim.AdamW(ours.parameters(), **FUSED)),
+        "transformers": language_step(theirs, torch.optim.AdamW(theirs.parameters(), **FUSED)),
     }
 
 
@@ -131,7 +138,7 @@ def language_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def peers(with_peer_pytorch: bool) -> dict[str, Step]:
+def peers(with_peer_pytorch: bool, fused: bool = True) -> dict[str, Step]:
     """Training steps of one PEER layer: ours and PEER-pytorch's, at both sizes."""
     steps = {}
     for name, experts in SIZES.items():
@@ -154,7 +161,7 @@ def peers(with_peer_pytorch: bool) -> dict[str, Step]:
                 WIDTH, heads=HEADS, num_experts=experts, num_experts_per_head=EXPERTS_PER_HEAD,
                 non_competing_scores=False,
             )  # fmt: skip
-            optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+            optimizer = torch.optim.AdamW(theirs.parameters(), **(FUSED | {"fused": fused or None}))
             steps[f"peer_pytorch_{name}"] = layer_step(theirs, optimizer)
     return steps
 
@@ -173,25 +180,29 @@ def layer_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
 
 
 def compare(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
-    """Run contestants in turns; medians of their times, and of each one's time over the first's, round by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    """Run contestants in turns. Medians of their times, and of the ratio of each two, round by round: by the clock, and
+    by the processor time of all threads, which other work on the machine disturbs less."""
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    spent: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in steps} for clock in clocks}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = {clock: now() for clock, now in clocks.items()}
             step()
-            seconds[name].append(time.perf_counter() - begin)
-    kept = {name: values[1:] for name, values in seconds.items()}
-    ratios = {
-        f"{name}_over_{first}": [a / b for a, b in zip(kept[name], kept[first], strict=True)]
-        for first in kept
-        for name in kept
-        if name != first
-    }
-    return {
-        "milliseconds": {name: round(1000 * statistics.median(values), 2) for name, values in kept.items()},
-        "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
-        "spread": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
-    }
+            for clock, now in clocks.items():
+                spent[clock][name].append(now() - begin[clock])
+    result: dict[str, Any] = {}
+    for clock, seconds in spent.items():
+        kept = {name: values[1:] for name, values in seconds.items()}
+        ratios = {
+            f"{other}_over_{name}": [a / b for a, b in zip(kept[other], kept[name], strict=True)]
+            for name, other in itertools.combinations(kept, 2)
+        }
+        result[clock] = {
+            "milliseconds": {name: round(1000 * statistics.median(values), 2) for name, values in kept.items()},
+            "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+            "spread": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
+        }
+    return result
 
 
 def profiled(step: Step) -> str:

@@ -98,8 +98,8 @@ class MoeFFN(Experts):
     """
 
     def __init__(self, config: SiloConfig) -> None:
-        self.config = config
         super().__init__(config)
+        self.config = config
         self.experts_per_token = config.num_experts_per_tok
         self.router = Linear(config.hidden_size, config.num_experts)
         if config.router == "noisy_topk":

@@ -20,8 +20,6 @@ from silo.rows import Choice, bag, dot_rows, sum_rows
 
 ROWS_AT_ONCE = 1024
 """Queries whose scores are held at once: what is never read again should not leave the cache."""
-GROUP = 16
-"""Scores of which only the greatest is looked at first, when there are many."""
 
 
 class ProductKeys(nn.Module):
@@ -110,27 +108,13 @@ def best_pairs(halves: torch.Tensor, k: int, siblings: int) -> tuple[torch.Tenso
     """
     if siblings > 1:
         halves, sibling = halves.unflatten(-1, (-1, siblings)).max(dim=-1)
-    value, number = best(halves, k)
+    value, number = halves.topk(k, dim=-1)
     ranks = [(a, b) for a in range(k) for b in range(k) if (a + 1) * (b + 1) <= k]
     a, b = torch.tensor(ranks, device=halves.device).unbind(1)
     score, found = (value[:, 0][..., a] + value[:, 1][..., b]).topk(k, dim=-1)
     if siblings > 1:
         number = number * siblings + sibling.gather(-1, number)
     return score, number[:, 0].gather(-1, a[found]), number[:, 1].gather(-1, b[found])
-
-
-def best(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x.topk(k)`` over the last dimension, descending, sooner when there are many entries: the k best are within the
-    k groups whose greatest entries are greatest."""
-    groups = x.shape[-1] // GROUP
-    if x.shape[-1] % GROUP or groups <= k:
-        return x.topk(k, dim=-1)
-    # Members of a group are ``groups`` apart, so that the maximum runs over whole vectors.
-    group = x.unflatten(-1, (GROUP, groups)).amax(dim=-2).topk(k, dim=-1, sorted=False).indices
-    member = torch.arange(0, x.shape[-1], groups, device=x.device)
-    candidates = (group.unsqueeze(-1) + member).flatten(-2)
-    value, found = x.gather(-1, candidates).topk(k, dim=-1)
-    return value, candidates.gather(-1, found)
 
 
 class PeerFFN(nn.Module):

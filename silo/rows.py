@@ -42,7 +42,9 @@ class Choice:
         ``weight`` is (tokens, k) and ``x`` (tokens, width).
         """
         _, starts, order, tokens = self.by_row
-        return F.embedding_bag(tokens, x, starts, mode="sum", per_sample_weights=weight.flatten()[order])
+        return F.embedding_bag(
+            tokens, x.detach(), starts, mode="sum", per_sample_weights=weight.detach().flatten()[order]
+        )
 
     def gradient(self, weight: torch.Tensor, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """:meth:`row_sums` as a matrix of a shape, coalesced if sparse."""
@@ -108,7 +110,8 @@ class _SumRows(torch.autograd.Function):
 
 def bag(weight: torch.Tensor, matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Weighted sums of rows, (tokens, width), without copying the rows."""
-    return F.embedding_bag(index, matrix, mode="sum", per_sample_weights=weight)
+    # Of a matrix that asks for a gradient torch would note whose row is whose, which only its own backward pass needs.
+    return F.embedding_bag(index, matrix.detach(), mode="sum", per_sample_weights=weight.detach())
 
 
 def dots(x: torch.Tensor, matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
