@@ -3,10 +3,11 @@
     python scripts/bench_store.py CORPUS/*.jsonl.zst --model quickstart/model > scripts/results/store.json
 
 Documents of real text are encoded once, and dealt out to 1, 4, 200 and 2,000 owners, whose stores hold the same keys;
-each of the 4 has a search structure of its own. Building a shard takes turns with the model's forward pass alone, up to
-the keys, over the same documents. The peer of the neighbours is one merged FAISS index in memory over those keys,
-without documents or ties; that of the blocks is one Lucene index, which is the store of one owner. Both take turns with
-ours. For removals, one more owner with a million tokens joins stores of 10 and of 1,000 owners.
+shards as large as those of 4 owners have search structures of their own. Building a shard takes turns with the model's
+forward pass alone, up to the keys, over the same documents. The peer of the neighbours is one merged FAISS index in
+memory over those keys, without documents or ties; that of the blocks is one Lucene index, which is the store of one
+owner. Both take turns with ours. For removals, one more owner with a million tokens joins stores of 10 and of 1,000
+owners.
 
 Prints one JSON document: machine, command, commit, seed, data hash, result.
 """

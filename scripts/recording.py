@@ -49,3 +49,21 @@ def files_hash(paths: Iterable[Path]) -> str:
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """Command, commit, seed, data and machine of a run, as list items."""
+    machine = record["machine"]
+    data = record["data"]
+    hashes = {"files": data} if isinstance(data, str) else {"corpus": data["permissive"], "store": data["store"]}
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    seed = f", seed {record['seed']}" if "seed" in record else ""
+    return "\n".join(
+        [
+            f"- Command: `{record['command']}`",
+            f"- Commit: `{record['commit']}`{seed}",
+            "- Data: " + ", ".join(f"{name} `{digest[:16]}`" for name, digest in hashes.items()),
+            f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
+            f"Python {machine['python']}, {versions}",
+        ]
+    )

@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_store
+from recording import provenance
+
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: quickstart -->", "<!-- end of results -->"
@@ -30,30 +33,12 @@ def read_records() -> dict[str, dict[str, Any]]:
 
 def results(records: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
-    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput, "store": store}
+    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput, **render_store.SECTIONS}
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
         "`scripts/results`.\n"
     )
-    return "\n".join([head, *(section(records[name]) for name, section in sections.items())])
-
-
-def provenance(record: dict[str, Any]) -> str:
-    """Command, commit, seed, data and machine of a run, as list items."""
-    machine = record["machine"]
-    data = record["data"]
-    hashes = {"files": data} if isinstance(data, str) else {"corpus": data["permissive"], "store": data["store"]}
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    seed = f", seed {record['seed']}" if "seed" in record else ""
-    return "\n".join(
-        [
-            f"- Command: `{record['command']}`",
-            f"- Commit: `{record['commit']}`{seed}",
-            "- Data: " + ", ".join(f"{name} `{digest[:16]}`" for name, digest in hashes.items()),
-            f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
-            f"Python {machine['python']}, {versions}",
-        ]
-    )
+    return "\n".join([head, *(section(records[name]) for name, section in sections.items() if name in records)])
 
 
 def laundering(record: dict[str, Any]) -> str:
@@ -97,52 +82,6 @@ def edits(rates: list[float]) -> str:
     """What was done to a planted passage."""
     replaced, dropped, inserted = rates
     return f"{replaced:.0%} of words replaced, {dropped:.0%} left out, {inserted:.0%} put in, case and commas changed"
-
-
-def store(record: dict[str, Any]) -> str:
-    """A store of many owners: opening, searching, removing."""
-    result, removal = record["result"], record["result"]["removal"]
-    near, blocks = result["neighbours"], result["blocks"]
-    speed = "\n".join(
-        f"| {owners} | {near['queries_per_second'][owners]:,.0f} | {near['ratio_to_merged'][owners]:.2f} × "
-        f"| {blocks['queries_per_second'][owners]:,.0f} | {blocks['ratio_to_1'][owners]:.2f} × |"
-        for owners in blocks["queries_per_second"]
-    )
-    what = {
-        "large_shard": "the owner of a million tokens",
-        "document_of_it": "one document of that owner",
-        "small_shard": "an owner of few tokens, in a group",
-    }
-    removals = "\n".join(
-        f"| {title} | {found['10']['beside_syncing']:.3f} | {found['1000']['beside_syncing']:.3f} | "
-        f"{found['10']['syncing']:.3f} and {found['1000']['syncing']:.3f} |"
-        for name, title in what.items()
-        for found in [removal[name]]
-    )
-    encoding = removal["encoding_seconds"]
-    return f"""## A store of many owners
-
-{result["keys"]:,} keys of real text, encoded once by the quickstart's model and dealt out to 1, 200 and 2,000 owners; \
-{record["rounds"]} rounds in turn, medians. The merged index is FAISS alone, in memory, without documents or ties.
-
-{provenance(record)}
-
-Opening a store of 10 owners and its neighbours takes {result["opening"]["10"] * 1000:.0f} ms, of 1,000 owners \
-{result["opening"]["1000"] * 1000:.0f} ms.
-
-| owners | neighbours: queries/s | of one merged index | blocks: queries/s | of one owner's |
-|---:|---:|---:|---:|---:|
-{speed}
-
-Seconds that a removal takes, beside those in which it waits for the disk:
-
-| removed | store of 10 owners | of 1,000 owners | waiting for the disk |
-|:---|---:|---:|---:|
-{removals}
-
-For comparison: encoding the owner of a million tokens takes {encoding["large_shard"]:.0f} s, all of the group of \
-small owners {encoding["group_of_small_shards"]:.0f} s, with the smallest of models.
-"""
 
 
 def throughput(record: dict[str, Any]) -> str:
