@@ -61,10 +61,9 @@ class NeighbourIndex:
         filled = [group for group in self._groups if group.rows]
         self._stacked = len(filled)
         self._index = control.codes.index(self._coarse, self._num_lists * max(1, self._stacked))
-        self._index.ntotal, self._index.nprobe = (
-            sum(group.rows for group in filled),
-            self._probes * max(1, self._stacked),
-        )
+        self._index.ntotal = sum(group.rows for group in filled)
+        self._index.nprobe = self._probes * max(1, self._stacked)
+        self._index.parallel_mode = 3  # over queries: FAISS does that by itself only where it finds the lists itself
         self._lists = [group.inverted_lists(self._index.code_size) for group in filled]
         pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
         for each in self._lists:
