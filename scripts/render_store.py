@@ -39,7 +39,8 @@ one. {record["rounds"]} rounds in turn, medians. The merged index is FAISS alone
 Adding documents to an empty store runs at {building["ratio_to_forward"]["add"]:.2f} × \
 ({building["spread"]["add"][0]:.2f} to {building["spread"]["add"][1]:.2f}) the tokens a second of the model's forward \
 pass alone ({building["queries_per_second"]["add"]:,.0f} against {building["queries_per_second"]["forward"]:,.0f}), \
-all search structures, checksums and syncing included.
+and at {building["ratio_to_keys"]["add"]:.2f} × where that stops at the keys; tokenising, codes, all search structures, \
+checksums and syncing included. Larger models leave it a smaller share.
 
 Opening a store of 10 owners and its neighbours takes {result["opening"]["10"] * 1000:.0f} ms, of 1,000 owners \
 {result["opening"]["1000"] * 1000:.0f} ms.

@@ -149,8 +149,13 @@ class LanguageModel:
     def score(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Read a document; for each batch of positions give keys (n, dimension) and log-probabilities (n, vocabulary).
         Positions come in order, each once."""
-        for keys, logits in self._run(tokens, logits=True):
+        for keys, logits in self.logits(tokens):
             yield keys, torch.log_softmax(logits.float(), dim=-1)
+
+    @torch.inference_mode()
+    def logits(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """The same with logits, which are not normalised."""
+        yield from self._run(tokens, logits=True)
 
     @torch.inference_mode()
     def log_probabilities(self, inputs: torch.Tensor, keep: int) -> torch.Tensor:
