@@ -143,8 +143,8 @@ def build(
 def building(
     root: Path, lm: LanguageModel, model: Path, plane: ControlPlane, documents: list[Document], rounds: int
 ) -> dict[str, Any]:
-    """Tokens a second of adding documents to an empty store, and of the model's forward pass over the same tokens: as far
-    as the keys, and to the end."""
+    """Tokens a second of adding documents to an empty store, and of the model's forward pass over the same tokens: to
+    its end, and as far as the keys."""
     chosen: list[Document] = []
     tokens: list[np.ndarray] = []
     for document in documents:

@@ -5,9 +5,9 @@
 Stores of 3, 30 and 300 owners of real restricted text go through random additions and removals: by document, owner,
 source, licence and shard, and by document with its near-duplicates, of which some are planted. After each change a
 store is built afresh, in one shuffled addition, from what should remain, in groups of another size. Compared, bit for
-bit: the canonical hash; neighbours with distances, values, documents and positions; blocks with scores; the mixture's
-whole distributions. For each removal, what its documents alone had is sought in every byte of every file, before and
-after.
+bit: the canonical hash; neighbours with distances, values, documents and positions; blocks with scores; ∞-grams with
+counts and what follows them; the mixture's whole distributions. For each removal, what its documents alone had is
+sought in every byte of every file, before and after.
 
 The control breaks law 2: centroids and ranges are fitted on the store's own text, for the fresh store anew on what
 remains of it. Then the comparison has to fail.
@@ -126,12 +126,18 @@ class Proof:
             each and [each.document.id, each.start, each.tokens.tolist(), each.score.hex()]
             for each in store.blocks().search(self.queries)
         ]
+        ngrams = store.ngrams()
+        texts = [self.lm.tokenize(text.document)[:256].astype(np.int64) for text in self.texts]
+        matches = ngrams.match(texts)
+        following = matches.following(np.flatnonzero(matches.lengths > 1))
+        suffixes = (matches.lengths, matches.counts, matches.hits, following.tokens, following.counts)
         mixture = open_mixture(self.lm, store)
         weights = Weights({method: 1 / len(mixture.methods) for method in mixture.methods}, 8.0)
         return {
             "hash": store.hash,
             "neighbours": sha256(canonical_json([arrays, named])),
             "blocks": sha256(canonical_json(blocks)),
+            "ngrams": sha256(canonical_json([each.tolist() for each in suffixes])),
             "distributions": distribution_digest(mixture, self.texts, weights),
         }
 
@@ -323,8 +329,8 @@ def physical(steps: Sequence[dict[str, Any]]) -> bool:
 
 
 def found_out(equal: dict[str, bool]) -> bool:
-    """Whether a control plane of restricted text made everything unequal but the blocks, which know nothing of keys."""
-    return not any(value for name, value in equal.items() if name != "blocks")
+    """Whether a control plane of restricted text made all unequal but blocks and n-grams, which know no keys."""
+    return not any(value for name, value in equal.items() if name not in ("blocks", "ngrams"))
 
 
 @click.command()

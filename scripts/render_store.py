@@ -39,8 +39,8 @@ one. {record["rounds"]} rounds in turn, medians. The merged index is FAISS alone
 Adding documents to an empty store runs at {building["ratio_to_forward"]["add"]:.2f} × \
 ({building["spread"]["add"][0]:.2f} to {building["spread"]["add"][1]:.2f}) the tokens a second of the model's forward \
 pass alone ({building["queries_per_second"]["add"]:,.0f} against {building["queries_per_second"]["forward"]:,.0f}), \
-and at {building["ratio_to_keys"]["add"]:.2f} × where that stops at the keys; tokenising, codes, all search structures, \
-checksums and syncing included. Larger models leave it a smaller share.
+and at {building["ratio_to_keys"]["add"]:.2f} × where that stops at the keys; tokenising, codes, all search \
+structures, checksums and syncing included. Larger models leave it a smaller share.
 
 Opening a store of 10 owners and its neighbours takes {result["opening"]["10"] * 1000:.0f} ms, of 1,000 owners \
 {result["opening"]["1000"] * 1000:.0f} ms.
@@ -133,9 +133,9 @@ def removal(record: dict[str, Any]) -> str:
 
 Stores of restricted text go through random additions and removals by document, owner, source, licence, shard, with \
 near-duplicates. After each change the store is compared with one that is built anew, in another order, from what \
-remains: canonical hash, neighbours with distances, blocks with scores, and the mixture's distributions, in every bit. \
-What only the removed documents had (runs of eight tokens and words, shingles, codes, keys, in every encoding in use) \
-is sought in every byte of every file before and after.
+remains: canonical hash, neighbours with distances, blocks with scores, ∞-grams with counts, and the mixture's \
+distributions, in every bit. What only the removed documents had (runs of eight tokens and words, shingles, codes, \
+keys, in every encoding in use) is sought in every byte of every file before and after.
 
 {provenance(record)}
 
