@@ -63,7 +63,6 @@ class NeighbourIndex:
         self._index = control.codes.index(self._coarse, self._num_lists * max(1, self._stacked))
         self._index.ntotal = sum(group.rows for group in filled)
         self._index.nprobe = self._probes * max(1, self._stacked)
-        self._index.parallel_mode = 3  # over queries: FAISS does that by itself only where it finds the lists itself
         self._lists = [group.inverted_lists(self._index.code_size) for group in filled]
         pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
         for each in self._lists:
@@ -116,6 +115,7 @@ class NeighbourIndex:
         """Distances and rows (n, k) as FAISS orders them. (Its wrapper for Python takes no selection here.)"""
         distances, rows = np.empty((len(keys), k), np.float32), np.empty((len(keys), k), np.int64)
         arrays = (faiss.swig_ptr(each) for each in (lists, coarse, distances, rows))
+        self._index.parallel_mode = 3  # over queries, which FAISS does unasked only where it chooses the lists itself
         self._index.search_preassigned_c(len(keys), faiss.swig_ptr(keys), k, *arrays, False, self._parameters())
         return distances, rows
 
@@ -125,6 +125,7 @@ class NeighbourIndex:
         """Distances and rows (m,) of all that is at most so far from one key."""
         radius, found = float(np.nextafter(distance, np.float32(np.inf))), faiss.RangeSearchResult(1)
         arrays = (faiss.swig_ptr(each) for each in (lists, coarse))
+        self._index.parallel_mode = 0  # the only one that a range search of one query knows
         self._index.range_search_preassigned_c(
             1, faiss.swig_ptr(key), radius, *arrays, found, False, self._parameters()
         )
