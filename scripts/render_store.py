@@ -215,7 +215,9 @@ def scale(record: dict[str, Any]) -> str:
     return f"""## How a store grows
 
 Real text, each document its author's, added by `silo datastore add`; keys of {record["result"]["key_dimension"]} \
-coordinates. Every step is a process of its own, whose peak memory is given. Rates are per second in one call.
+coordinates. Every step is a process of its own. Its peak memory counts the pages of files that it has mapped, which \
+the system takes back when it needs them: codes are read from the spool and from shards so. Rates are per second in \
+one call.
 
 {provenance(record)}
 
