@@ -207,8 +207,9 @@ def measured(
         index: Any = faiss.index_factory(store.keys.shape[1], name)
         ivf: Any = faiss.extract_index_ivf(index)
         ivf.cp.max_points_per_centroid, ivf.cp.seed = 256, 0
-        if before:  # OPQ alternates between rotation and codebooks, 50 times by default, which takes hours here
-            faiss.downcast_VectorTransform(index.chain.at(0)).niter = 10
+        if before:  # OPQ alternates between rotation and codebooks, by default 50 times on 65,536 keys: hours here
+            rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+            rotation.niter, rotation.max_train_points = 10, 16_384
         index.train(keys)
         index.add(store.keys)
         ivf.nprobe = PROBES * lists // 1024 if lists > 1024 else PROBES
