@@ -43,9 +43,7 @@ def render_pairs(value: dict[str, Any]) -> None:
     "Without it nothing is learnt: search is exhaustive, keys are half-precision.",
 )
 @click.option("--policy", type=PATH, help="Licence policy file that judges the control corpus.")
-@click.option(
-    "--codes", metavar="NAME", help="With --control: how keys are kept: sq8 (default), fp16, or pqM for M bytes."
-)
+@click.option("--codes", metavar="NAME", help="sq8 (default), fp16, or pqM for M bytes a key; needs --control.")
 @click.option("--lists", type=click.IntRange(1), help="Inverted lists, at most (default 1024); needs --control.")
 @reports(render_pairs)
 def create(

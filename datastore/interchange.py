@@ -19,7 +19,7 @@ from datastore.integrity import read_sealed, sealed
 from datastore.manifest import ShardEntry
 from datastore.shard import ARRAYS
 from silo.errors import DataError, IntegrityError, UsageError
-from silo.files import sync_directory
+from silo.files import written_whole
 
 FORMAT = 1
 ABOUT = "export.json"
@@ -37,21 +37,14 @@ def write_export(directory: Path, entry: ShardEntry, name: str, file: Path) -> N
         raise UsageError(f"{file} exists already; choose another name")
     files = sorted(json.loads((directory / INDEX).read_bytes())["files"])
     about = sealed({"format": FORMAT, "shard": name, "hash": entry.hash, "files": [INDEX, *files]})
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                archive.addfile(_member(ABOUT, len(about)), io.BytesIO(about))
-                for each in (INDEX, *files):
-                    with open(directory / each, "rb") as source:
-                        archive.addfile(_member(each, os.fstat(source.fileno()).st_size), source)
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(file.parent)
+    with (
+        written_whole(file) as raw,
+        tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        archive.addfile(_member(ABOUT, len(about)), io.BytesIO(about))
+        for each in (INDEX, *files):
+            with open(directory / each, "rb") as source:
+                archive.addfile(_member(each, os.fstat(source.fileno()).st_size), source)
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
@@ -74,7 +67,8 @@ def read_export(file: Path, directory: Path) -> str:
     try:
         with tarfile.open(file, mode="r:") as archive:
             members = {member.name: member for member in archive if member.isreg()}
-            about = _unpacked(archive, members, ABOUT, directory)
+            (directory / ABOUT).write_bytes(_opened(archive, members, ABOUT).read())
+            about = _about(directory / ABOUT)
             for name in about["files"]:
                 with open(directory / name, "wb") as target:
                     shutil.copyfileobj(_opened(archive, members, name), target)
@@ -84,15 +78,12 @@ def read_export(file: Path, directory: Path) -> str:
     return str(about["hash"])
 
 
-def _unpacked(
-    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str, directory: Path
-) -> dict[str, Any]:
-    """What the archive says of itself."""
-    (directory / name).write_bytes(_opened(archive, members, name).read())
+def _about(path: Path) -> dict[str, Any]:
+    """What an archive says of itself."""
     try:
-        about = read_sealed(directory / name)
+        about = read_sealed(path)
     except IntegrityError:
-        raise tarfile.TarError(f"its {name} is damaged") from None
+        raise tarfile.TarError(f"its {ABOUT} is damaged") from None
     if about["format"] != FORMAT:
         raise tarfile.TarError(f"it has format {about['format']}, this version reads {FORMAT}")
     if not set(about["files"]) <= FILES:  # so that no name leads out of the directory

@@ -104,7 +104,8 @@ class Snapshot:
 
     def neighbours(self) -> NeighbourIndex:
         """The kNN index over all live shards, mapped from disk."""
-        return self.select().neighbours()
+        with self._as_opened():
+            return self.select().neighbours()
 
     def blocks(self) -> BlockIndex:
         """The BM25 index over all live shards; starts a JVM."""
@@ -131,7 +132,7 @@ class Snapshot:
                     np.concatenate([allowed(name) & ~denied(name) for name in group.shards])
                     for group in self.manifest.groups
                 ]
-            return View(list(zip(directories, keys, strict=True)), masks, self.control, self.tokenizer)
+            return View(list(zip(directories, keys, strict=True)), masks, self.control, lambda: self.tokenizer)
 
     def _chooser(self, selection: Selection | None, *, otherwise: bool) -> Callable[[str], np.ndarray]:
         """A function from a shard's name to which of its documents are selected, (documents,) bool.

@@ -5,7 +5,7 @@
     tokens.bin, lists.bin, codes.bin   the arrays of all documents end to end, as :mod:`datastore.shard` has them
 
 A spool lies in the store's directory and is no part of the store. It lasts until the next change is committed,
-whichever that is: a removal takes an unfinished add's text with it.
+whichever that is. A removal deletes it first of all, since it might hold the very text that is to go.
 """
 
 from __future__ import annotations

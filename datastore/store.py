@@ -150,13 +150,13 @@ class Store(Snapshot):
             return self._insert(encoded, key)
 
     def _insert(self, encoded: Sequence[Encoded], key: Ed25519PrivateKey | None) -> Receipt:
-        changed: dict[str, list[Encoded] | None] = {}
+        changed: dict[str, list[Encoded]] = {}
         rows = []
         for each in encoded:
             name = shard_name(each.document)
             if name not in changed:
                 changed[name] = self.shard(name).documents() if name in self.manifest.shards else []
-            changed[name].append(each)  # type: ignore[union-attr]
+            changed[name].append(each)
             rows.append((name, each.document))
         return self._commit(changed, "add", rows, request={}, reason="", key=key)
 
@@ -206,11 +206,13 @@ class Store(Snapshot):
             rows = self.affected(Selection(shards=(name,)))
             entry = self.manifest.shards[name]
             verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
+            before = self.manifest.sequence
             write_export(self.path / "shards" / entry.directory, entry, name, file)
             try:
                 return self._commit({}, "export", rows, request={"shards": [name]}, reason=reason, key=key)
             except BaseException:
-                file.unlink()
+                if self.manifest.sequence == before:  # nothing remembers it
+                    file.unlink()
                 raise
 
     def take_in(self, file: Path, *, key: Ed25519PrivateKey | None = None) -> Receipt:
@@ -255,7 +257,8 @@ class Store(Snapshot):
         """Remove documents, physically: when this returns, no file of the store holds them.
 
         A shard that loses all its documents is deleted. One that loses some is written anew without them, with no
-        call of the model, and equals the shard that never held them.
+        call of the model, and equals the shard that never held them. What an unfinished add has encoded goes first,
+        whoever's it is, even if nothing else is found to remove.
 
         Args:
             selection: which documents.
@@ -268,6 +271,7 @@ class Store(Snapshot):
             UsageError: something named is not in the store.
         """
         with self._writing():
+            remove_tree(self._spool)
             going = self.affected(selection)
             alike = self.near_duplicates(going) if duplicates != "ignore" else []
             if duplicates == "remove" and alike:
@@ -327,7 +331,7 @@ class Store(Snapshot):
 
     def _commit(
         self,
-        changed: dict[str, list[Encoded] | None],
+        changed: Mapping[str, Sequence[Encoded] | None],
         operation: str,
         documents: list[tuple[str, DocumentRow]],
         *,

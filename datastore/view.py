@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ class View:
         groups: Sequence[tuple[Path, KeyGroup]],
         selected: Sequence[np.ndarray | None],
         control: ControlPlane,
-        tokenizer: Tokenizer,
+        tokenizer: Callable[[], Tokenizer],
     ) -> None:
         """Look at a part of some groups.
 
@@ -41,7 +41,7 @@ class View:
             groups: their directories and keys.
             selected: for each, which documents count, (documents,) bool; None for all.
             control: the store's.
-            tokenizer: the store's.
+            tokenizer: gives the store's, where blocks have to be indexed.
         """
         narrowed = [None if mask is None or mask.all() else mask for mask in selected]
         there = [number for number, mask in enumerate(narrowed) if mask is None or mask.any()]
@@ -63,7 +63,7 @@ class View:
     def blocks(self) -> BlockIndex:
         """The BM25 index; starts a JVM."""
         indexes = [
-            directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer)
+            directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer())
             for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
         ]
         return BlockIndex(indexes, [keys for _, keys in self._groups])

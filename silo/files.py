@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -48,13 +48,13 @@ def write_file(path: Path, data: bytes | memoryview) -> str:
     return _write_parts(path, [data])
 
 
-def _write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    temporary, digest = path.with_name(f".{path.name}.tmp"), hashlib.sha256()
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its name as :func:`write_file` says when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,6 +62,14 @@ def _write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    with written_whole(path) as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
     return digest.hexdigest()
 
 

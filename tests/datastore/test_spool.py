@@ -111,6 +111,19 @@ def test_any_change_takes_the_spool_with_it(make_store, model, few, change):
     assert not (store.path / "spool").exists()
 
 
+def test_removal_of_what_is_only_in_the_spool_deletes_it(make_store, model, few):
+    """Asked to remove an owner whom only an unfinished add holds, it says that the store has no such owner, and no file
+    holds the text any more."""
+    store = make_store("store", [each for each in few if each.owner == "Ada"])
+    rest = [each for each in few if each.owner != "Ada"]
+    interrupted(store, model, rest, after=1)
+    needle = model.tokenize(rest[0])[:40].astype(np.uint16).tobytes()
+    assert any(needle in path.read_bytes() for path in store.path.rglob("*") if path.is_file())
+    with pytest.raises(UsageError, match=f"no owner '{rest[0].owner}' is in the store"):
+        Store.open(store.path).remove(Selection(owners=(rest[0].owner,)))
+    assert not any(needle in path.read_bytes() for path in store.path.rglob("*") if path.is_file())
+
+
 def test_spool_of_a_committed_add_is_collected(make_store, model, few):
     """Killed between the commit and the deletion of its spool, a store loses the spool at the next verification."""
     store = make_store("store", few[:2])
