@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 from tokenizers import Tokenizer
 
 from silo.audit import audit
@@ -68,7 +68,7 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
     ratios = [one / other for one, other in zip(seconds, alone, strict=True)]
     report = {
         "machine": machine(),
-        "command": "python scripts/bench_collect.py run " + " ".join(file.name for file in files),
+        "command": command(),
         "commit": commit(),
         "data": files_hash(files),
         "megabytes": characters / 1e6,

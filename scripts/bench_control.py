@@ -24,7 +24,7 @@ import click
 import faiss
 import numpy as np
 import torch
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 
 from silo.documents import Document
 from silo.files import sha256
@@ -79,8 +79,7 @@ def main(
     truth = exact.search(reported.keys, K)
     report = {
         "machine": machine(),
-        "command": f"python scripts/bench_control.py {' '.join(file.name for file in files)} --keys {keys} "
-        f"--control-keys {control_keys} --queries {queries} --lists {lists}",
+        "command": command(),
         "commit": commit(),
         "seed": 0,
         "data": files_hash(files),

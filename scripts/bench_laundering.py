@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 import numpy as np
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 
 from silo.audit import read_findings
 from silo.collect import collect
@@ -64,7 +64,7 @@ def main(files: tuple[Path, ...], seed: int, passages: int, policy: Path | None)
         }
     report = {
         "machine": machine(),
-        "command": "python scripts/bench_laundering.py " + " ".join(file.name for file in files) + f" --seed {seed}",
+        "command": command(),
         "commit": commit(),
         "seed": seed,
         "data": files_hash(files),

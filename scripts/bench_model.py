@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 import torch
-from recording import commit, machine
+from recording import command, commit, machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -87,7 +87,7 @@ def main(
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        "command": "python scripts/bench_model.py " + " ".join(sys.argv[1:]),
+        "command": command(),
         "commit": commit(),
         "seed": seed,
         "shape": SHAPE | {"batch": BATCH, "time": TIME},

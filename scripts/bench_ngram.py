@@ -32,7 +32,7 @@ from typing import Any
 
 import click
 import numpy as np
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 
 from datastore.groups import regroup
 from datastore.keys import KeyGroup, write_keys
@@ -76,7 +76,7 @@ def main(
             result[str(size)] = measure(Path(scratch) / str(number), held[:cut], queries, peer_tokens, rounds)
     report = {
         "machine": machine(),
-        "command": "python scripts/bench_ngram.py " + " ".join(file.name for file in files),
+        "command": command(),
         "commit": commit(),
         "seed": 0,
         "data": files_hash(files),

@@ -25,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 from bench_store import control_plane, say
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 
 from datastore.store import Store
 from silo.documents import Document
@@ -64,7 +64,7 @@ def main(files: tuple[Path, ...], model: Path, steps: tuple[int, ...]) -> None:
             say(json.dumps(rows[-1]))
     report = {
         "machine": machine(),
-        "command": "python scripts/bench_scale.py " + " ".join(file.name for file in files),
+        "command": command(),
         "commit": commit(),
         "seed": 0,
         "data": files_hash(files),

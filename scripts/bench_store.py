@@ -30,7 +30,7 @@ from typing import Any
 import click
 import faiss
 import numpy as np
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 
 from datastore.control import ControlPlane
 from datastore.knn import PROBES
@@ -86,7 +86,7 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
         }
     report = {
         "machine": machine(),
-        "command": "python scripts/bench_store.py " + " ".join(file.name for file in files),
+        "command": command(),
         "commit": commit(),
         "seed": 0,
         "data": files_hash(files),

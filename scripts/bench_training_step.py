@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from typing import Any
 import click
 import torch
 from accelerate import Accelerator
-from recording import commit, machine
+from recording import command, commit, machine
 
 from silo.config import load_config
 from silo.modeling import SiloForCausalLM
@@ -63,7 +62,7 @@ def main(corpus: Path, pairs: int) -> None:
             fingerprint = tokens.manifest["corpus"]
             result[name] = measured(recipe, tokens, make_accelerator(recipe), pairs)
             click.echo(f"{name}: {result[name]}", err=True)
-    record = {"machine": machine(), "command": ["python", *sys.argv], "commit": commit(), "data": fingerprint}
+    record = {"machine": machine(), "command": command(), "commit": commit(), "data": fingerprint}
     click.echo(json.dumps({**record, "result": result}))
 
 

@@ -13,7 +13,7 @@ import random
 from collections import Counter
 
 import click
-from recording import commit, machine
+from recording import command, commit, machine
 
 from silo.distributions import Distribution, installed
 from silo.errors import SiloError
@@ -32,7 +32,7 @@ def main(sample: int | None, seed: int) -> None:
     shown = sorted(random.Random(seed).sample(rows, sample), key=lambda each: each["name"]) if sample else rows
     report = {
         "machine": machine(),
-        "command": "python scripts/licences_of_distributions.py",
+        "command": command(),
         "commit": commit(),
         "seed": seed,
         "result": {"distributions": len(rows), "tiers": dict(sorted(tiers.items())), "unread": unread, "rows": shown},

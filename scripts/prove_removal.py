@@ -32,7 +32,7 @@ import click
 import faiss
 import numpy as np
 import torch
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 from remains import Unique
 
 from datastore import groups
@@ -354,7 +354,7 @@ def main(files: tuple[Path, ...], model: Path, **options: Any) -> None:
         result = prove(Path(scratch), lm, model, (restricted, permissive), options)
     report = {
         "machine": machine(),
-        "command": f"python scripts/prove_removal.py {' '.join(file.name for file in files)} --seed {options['seed']}",
+        "command": command(),
         "commit": commit(),
         "seed": options["seed"],
         "data": files_hash(files),

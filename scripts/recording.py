@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +35,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def command() -> str:
+    """What was typed, with files by their names alone."""
+    script, *arguments = sys.argv
+    named = [Path(each).name if "/" in each and Path(each).exists() else each for each in arguments]
+    return shlex.join(["python", f"scripts/{Path(script).name}", *named])
 
 
 def commit() -> str:

@@ -40,7 +40,7 @@ import failing_writes
 import faiss
 import torch
 from failing_writes import Disk
-from recording import commit, files_hash, machine
+from recording import command, commit, files_hash, machine
 
 from datastore import groups, jvm
 from datastore.control import ControlPlane
@@ -422,7 +422,7 @@ def main(files: tuple[Path, ...], model: Path, kills: int, stride: int, seed: in
         seconds = time.perf_counter() - begin
     report = {
         "machine": machine(),
-        "command": f"python scripts/torture_store.py {' '.join(file.name for file in files)} --seed {seed}",
+        "command": command(),
         "commit": commit(),
         "seed": seed,
         "data": files_hash(files),

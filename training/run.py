@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from silo.errors import SiloError
+from silo.experts import share_experts
 from silo.modeling import SiloForCausalLM
 from training.data import IGNORED, Mixture
 from training.measure import Routing, experts_by_layer, validation_loss
@@ -48,6 +49,8 @@ class Run:
         optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
+        layers = map(model.config.ffn_of, range(model.config.num_hidden_layers))
+        self._share_rate = model.config.expert_share_rate if "averaged" in layers else 0.0
         self._routing = Routing(experts_by_layer(model.config)) if recipe.trackers else None
 
     def step(self, sequences: Sequence[tuple[str, int]]) -> None:
@@ -92,6 +95,8 @@ class Run:
             self._stop(sequences, losses, loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._share_rate:
+            share_experts(self.model, self._share_rate)
         self.losses.append(loss)
         if self.recipe.trackers and self.plan.step % self.recipe.log_every == 0:
             self._log_step(norm, factor)

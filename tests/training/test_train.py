@@ -138,6 +138,15 @@ def test_the_summary_counts(recipe_file):
     assert model.config.bos_token_id == model.config.eos_token_id == 0
 
 
+@pytest.mark.parametrize(("rate", "equal"), [(0.0, False), (0.75, True)])
+def test_averaged_experts_share_after_each_step(recipe_file, rate, equal):
+    """Of four experts that each step moves by three quarters towards the others' mean, all are the same in the end; of
+    four that it does not move, none are."""
+    _, model = run(recipe_file, "model.ffn=averaged", f"model.expert_share_rate={rate}")
+    experts = SiloForCausalLM.from_pretrained(model).model.layers[0].mlp.up_proj
+    assert torch.allclose(experts, experts[:1], atol=1e-6) == equal
+
+
 def test_half_precision_trains(recipe_file):
     """With bf16 the forward pass is rounded, and weights are still float32 and finite."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
