@@ -37,7 +37,7 @@ class SiloConfig(PreTrainedConfig):
     ``ffn`` is one kind for all layers or one a layer: ``dense``, ``moe`` (``num_experts``, of which ``router`` takes
     ``num_experts_per_tok``), ``peer`` (``peer_num_experts`` neurons, of which each of ``peer_heads`` takes
     ``peer_experts_per_head``), ``pkm`` (the same of values without a neuron) or ``averaged`` (``num_experts`` experts
-    in training, which each step moves by ``expert_share_rate`` towards the mean of the others; their mean afterwards).
+    in training, which each step moves by ``share_rate`` towards the mean of the others; their mean afterwards).
 
     ``key_dim`` is the width of a product key, ``query_batch_norm`` norms its queries, ``shared_keys`` lets heads share
     it, ``peer_siblings`` is what growing leaves behind; of ``sparse_gradients`` see :mod:`silo.rows`. The
@@ -61,7 +61,7 @@ class SiloConfig(PreTrainedConfig):
     router_z_loss_coef: float = 0.0
     router_importance_loss_coef: float = 0.1
     router_load_loss_coef: float = 0.1
-    expert_share_rate: float = 0.1
+    share_rate: float = 0.1
     peer_num_experts: int = 1024**2
     peer_heads: int = 8
     peer_experts_per_head: int = 16

@@ -50,7 +50,7 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
         layers = map(model.config.ffn_of, range(model.config.num_hidden_layers))
-        self._share_rate = model.config.expert_share_rate if "averaged" in layers else 0.0
+        self._share_rate = model.config.share_rate if "averaged" in layers else 0.0
         self._routing = Routing(experts_by_layer(model.config)) if recipe.trackers else None
 
     def step(self, sequences: Sequence[tuple[str, int]]) -> None:
