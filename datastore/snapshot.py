@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from datastore import history
 from datastore import shard as shards_on_disk
 from datastore.blocks import BlockIndex
+from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
@@ -107,10 +108,11 @@ class Snapshot:
         with self._as_opened():
             return self.select().neighbours()
 
-    def blocks(self) -> BlockIndex:
-        """The BM25 index over all live shards; starts a JVM."""
+    def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
+        """The BM25 index over all live shards, with ``k1`` and ``b`` as :class:`datastore.bm25.BM25Searcher` says;
+        starts a JVM."""
         with self._as_opened():
-            return self.select().blocks()
+            return self.select().blocks(k1=k1, b=b)
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram over all live shards, mapped from disk."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datastore.blocks import BlockIndex, selected_blocks
+from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
 from datastore.knn import NeighbourIndex
 from datastore.ngrams import NgramIndex
@@ -60,13 +61,13 @@ class View:
         """The kNN index, mapped from disk."""
         return NeighbourIndex([keys for _, keys in self._groups], self._control, self._selected)
 
-    def blocks(self) -> BlockIndex:
-        """The BM25 index; starts a JVM."""
+    def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
+        """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
         indexes = [
             directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer())
             for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
         ]
-        return BlockIndex(indexes, [keys for _, keys in self._groups])
+        return BlockIndex(indexes, [keys for _, keys in self._groups], k1=k1, b=b)
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram, mapped from disk."""

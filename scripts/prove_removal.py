@@ -123,8 +123,9 @@ class Proof:
         named = [[neighbours.document(each).id if each >= 0 else "" for each in row] for row in found.documents]
         arrays = [each.tobytes().hex() for each in (found.squared_l2, found.values, found.positions)]
         blocks = [
-            each and [each.document.id, each.start, each.tokens.tolist(), each.score.hex()]
-            for each in store.blocks().search(self.queries)
+            [each.document.id, each.start, each.tokens.tolist(), each.score.hex()]
+            for hits in store.blocks().search(self.queries, 4)
+            for each in hits
         ]
         ngrams = store.ngrams()
         texts = [self.lm.tokenize(text.document)[:256].astype(np.int64) for text in self.texts]

@@ -123,7 +123,8 @@ class Mixture:
         stride = min(RIC_STRIDE, context - context // 2)  # A short context has no room for more beside a block.
         starts = range(begin, begin + len(lm), stride)
         segments = [(start, min(start + stride, begin + len(lm))) for start in starts]
-        found = self.blocks.search([self._query(tokens, start) for start, _ in segments])  # type: ignore[union-attr]
+        queries = [self._query(tokens, start) for start, _ in segments]
+        found = [hits[0] if hits else None for hits in self.blocks.search(queries, 1)]  # type: ignore[union-attr]
         ric = lm.clone()
         batches: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = defaultdict(list)
         inputs = self.model.inputs(tokens)

@@ -60,8 +60,13 @@ class NeighbourSource(Protocol):
 class BlockSource(Protocol):
     """Finds blocks of text that share rare words with a query (retrieve-in-context)."""
 
-    def search(self, queries: Sequence[str]) -> list[Block | None]:
-        """The best block for each query, or None where no block shares a word with it."""
+    def search(
+        self, queries: Sequence[str], k: int, *, tokens: int = ..., exclude: str | None = None
+    ) -> list[list[Block]]:
+        """The ``k`` best blocks for each query, best first; fewer where fewer share a word with it.
+
+        A block goes ``tokens`` tokens far, where its document does; blocks of the document ``exclude`` are passed over.
+        """
         ...
 
 
