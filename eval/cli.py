@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
 
-METHODS = ("lm", "knn", "ric")
+METHODS = ("lm", "knn", "ric", "ngram")
 MODEL_ALONE = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
 
 
@@ -30,7 +30,7 @@ def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) ->
     methods = value.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
-        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn and ric, such as lm,knn")
+        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn, ric and ngram, such as lm,knn")
     return methods
 
 
@@ -48,8 +48,8 @@ def render(value: dict[str, Any]) -> None:
 
 @evaluate.command()
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
-@click.option("--store", type=click.Path(path_type=Path), help="The store, for knn and ric.")
-@click.option("--use", "methods", default="lm", callback=parse_methods, help="Methods, such as lm,knn,ric. Default lm.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store, for knn, ric and ngram.")
+@click.option("--use", "methods", default="lm", callback=parse_methods, help="Such as lm,knn,ngram. Default lm.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON Lines to report on.")
 @click.option("--fit", "fit_on", type=click.Path(path_type=Path), help="JSON Lines to fit weights on; other documents.")
 @click.option("--weights", type=click.Path(path_type=Path), help="File of weights that --save-weights wrote.")
@@ -74,7 +74,7 @@ def perplexity(
 
     Weights and temperature are fitted on the documents of --fit, which must be others than those of --data.
 
-    Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ric --data test.jsonl --fit val.jsonl
+    Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ngram --data test.jsonl --fit val.jsonl
     """
     from eval import perplexity as measure
     from silo.documents import read_documents
@@ -130,6 +130,4 @@ def open_mixture(lm: LanguageModel, store: Path | None, methods: list[str]) -> t
     if store is None or methods == ["lm"]:
         return Mixture(lm), None
     opened = Store.open(store)
-    opened.require_model(lm)
-    neighbours = opened.neighbours() if "knn" in methods else None
-    return Mixture(lm, neighbours=neighbours, blocks=opened.blocks() if "ric" in methods else None), opened.hash
+    return opened.mixture(lm, methods), opened.hash

@@ -45,8 +45,8 @@ from silo.documents import Document
 from silo.files import canonical_json, sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
-from silo.mixture import Weights
 from silo.sources import open_source
+from silo.weights import Weights
 
 KINDS = ("document", "owner", "source", "license", "shard", "duplicates")
 """How what is to go is named."""

@@ -121,6 +121,11 @@ class NgramMatches(Protocol):
         """(n,) int64: how often the token after it is the one that the sequence goes on with; 0 at its end."""
         ...
 
+    @property
+    def single(self) -> np.ndarray:
+        """(n,) int64: the token that comes after every occurrence of the suffix, or -1 if there are several."""
+        ...
+
     def following(self, contexts: np.ndarray) -> NextTokens:
         """All tokens that come after the longest suffixes of some contexts, given by their (m,) numbers."""
         ...

@@ -373,16 +373,16 @@ def test_empty_store_answers_with_the_model_alone(make_store, answers, model, do
     """A store without documents finds nothing, and its mixture is the model's own distribution."""
     import torch
 
-    from silo.mixture import Mixture, Weights
+    from silo.weights import METHODS, Weights
 
     store = make_store("empty")
     said = answers(store)
     assert set(itertools.chain(*said["cited"])) == {None}
     assert not any(said["blocks"])
-    mixture = Mixture(model, neighbours=store.neighbours(), blocks=store.blocks())
+    mixture = store.mixture(model, METHODS)
     for parts in mixture.parts(model.tokenize(documents[0])[:50]):
-        distribution = parts.distribution(Weights({"lm": 0.5, "knn": 0.25, "ric": 0.25}, 8.0))
-        torch.testing.assert_close(distribution, parts.lm.double().exp())
+        distribution = parts.distribution(Weights({"lm": 0.4, "knn": 0.25, "ric": 0.15, "ngram": 0.2}, 8.0))
+        torch.testing.assert_close(distribution, parts.lm.distribution())
     store.verify()
 
 
