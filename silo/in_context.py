@@ -11,12 +11,15 @@ document ends, changes what is read.
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache
 
 from silo.errors import UsageError
 from silo.language_model import LanguageModel
@@ -110,6 +113,12 @@ class FoundBlocks:
     def stride_of(self) -> np.ndarray:
         """The stride of each position, (n,) int64."""
         return np.arange(self.begin, self.end) // self.layout.stride - self.begin // self.layout.stride
+
+    def last_stride(self) -> FoundBlocks:
+        """The last stride's alone, with those of its positions that are covered."""
+        begin = max(self.begin, self.starts[-1])
+        of_stride = {name: values[-1:] for name, values in self.of_stride.items()}
+        return replace(self, begin=begin, starts=self.starts[-1:], blocks=self.blocks[-1:], of_stride=of_stride)
 
     def evidence(self) -> dict[str, np.ndarray]:
         """What tells how good a look-up is, known before any block is read; zero where nothing was found.
@@ -244,6 +253,9 @@ def _features(query: str, tokens: np.ndarray, blocks: list[Block]) -> dict[str, 
 class _Pass:
     """One reading of a window's text after one block, or after several in a row."""
 
+    name: object
+    """Equal for readings that begin alike."""
+
     window: int
     blocks: list[Block]
     """Best first."""
@@ -263,19 +275,57 @@ def _passes(found: FoundBlocks, blocks: list[list[Block]]) -> list[_Pass]:
             if slots:
                 read = [row[slot] for slot in slots]
                 name = window, *((block.document.id, block.start) for block in read)
-                each = passes.setdefault(name, _Pass(window, read, [], []))
+                each = passes.setdefault(name, _Pass(name, window, read, [], []))
                 each.strides.append(number)
                 each.slots.append(slots)
     return list(passes.values())
 
 
+class Readings:
+    """What the model keeps of a text that it reads on with blocks, so that a further position costs one step."""
+
+    def __init__(self, of: Mapping[object, tuple[Cache, int]] | None = None) -> None:
+        self._of = dict(of or {})
+
+    def take(self, each: _Pass, first: int, model: LanguageModel) -> tuple[Cache, int]:
+        """The states of a pass and how many inputs of the text they hold, at most ``first``; none if it is new."""
+        states, done = self._of.pop(each.name, (None, 0))
+        return (model.states(), each.window) if states is None or done > first else (states, done)
+
+    def keep(self, each: _Pass, states: Cache, done: int) -> None:
+        """Remember a pass that may be read on."""
+        self._of[each.name] = states, done
+
+    def copy(self) -> Readings:
+        """The same, to be read on in another way. Tensors are shared: states are made longer by new ones."""
+        return Readings({name: (copy_states(states), done) for name, (states, done) in self._of.items()})
+
+    def retain(self, passes: Iterable[_Pass]) -> None:
+        """Forget all others."""
+        names = {each.name for each in passes}
+        self._of = {name: value for name, value in self._of.items() if name in names}
+
+
+def copy_states(states: Cache) -> Cache:
+    """A copy of a model's states that grows apart from them."""
+    made = copy.copy(states)
+    made.layers = [copy.copy(layer) for layer in states.layers]
+    return made
+
+
 @torch.inference_mode()
 def read_blocks(
-    model: LanguageModel, tokens: np.ndarray, found: FoundBlocks, where: np.ndarray | None = None
+    model: LanguageModel,
+    tokens: np.ndarray,
+    found: FoundBlocks,
+    where: np.ndarray | None = None,
+    *,
+    readings: Readings | None = None,
 ) -> BlockReading:
     """The second half of :func:`read_in_context`.
 
     ``where`` (n,) bool says at which positions blocks are of use; strides without any are not read, and have no block.
+    ``readings`` of the positions before these are read on.
     """
     stride_of = found.stride_of
     wanted = np.ones(len(stride_of), dtype=bool) if where is None else where
@@ -285,25 +335,33 @@ def read_blocks(
     rows = torch.zeros(len(stride_of), most, dtype=torch.int64)
     read, count = [torch.empty(0, model.vocab_size)], 0
     inputs = model.inputs(tokens)
-    for each in _passes(found, blocks):
+    passes = _passes(found, blocks)
+    for each in passes:
         at = [np.flatnonzero(stride_of == number) for number in each.strides]
         positions = np.concatenate(at) + found.begin
         for places, slots in zip(at, each.slots, strict=True):
             rows[places[:, None], slots] = (count + torch.arange(len(places))).unsqueeze(1)
             count += len(places)
-        read.append(_read(model, inputs, each, positions))
+        read.append(_read(model, inputs, each, positions, readings))
+    if readings is not None:
+        readings.retain(each for each in passes if len(found.starts) - 1 in each.strides)
     weights = torch.stack([_weights(each, most, found.settings.temperature) for each in blocks])
     of_position = [blocks[number] for number in stride_of.tolist()]
     there = np.asarray([len(each) > 0 for each in of_position], dtype=bool)
     return BlockReading(there, of_position, weights[stride_of], rows, torch.cat(read), found.evidence())
 
 
-def _read(model: LanguageModel, inputs: torch.Tensor, each: _Pass, positions: np.ndarray) -> torch.Tensor:
+def _read(
+    model: LanguageModel, inputs: torch.Tensor, each: _Pass, positions: np.ndarray, readings: Readings | None
+) -> torch.Tensor:
     """Log-probabilities (positions, vocabulary) of a pass at some positions, ascending."""
     tokens = [model.start_token, *np.concatenate([block.tokens for block in reversed(each.blocks)]).tolist()]
     first, end = int(positions[0]), int(positions[-1]) + 1
-    sequence = torch.cat([torch.tensor(tokens), inputs[each.window : end]])
-    scores = model.log_probabilities(sequence.unsqueeze(0), end - first)[0]
+    states, done = readings.take(each, first, model) if readings is not None else (None, each.window)
+    sequence = inputs[done:end] if done > each.window else torch.cat([torch.tensor(tokens), inputs[done:end]])
+    scores = model.log_probabilities(sequence.unsqueeze(0), end - first, states)[0]
+    if readings is not None and states is not None:
+        readings.keep(each, states, end)
     return scores if len(positions) == len(scores) else scores[torch.from_numpy(positions - first)]
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
 
 import silo.modeling  # registers our model with the Auto classes
 from silo.documents import Document
@@ -142,7 +143,7 @@ class LanguageModel:
     @torch.inference_mode()
     def key_batches(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """The same, some positions at a time."""
-        for keys, _ in self._run(tokens, logits=False):
+        for keys, _ in self._run(self.inputs(tokens), logits=False):
             yield keys
 
     @torch.inference_mode()
@@ -155,33 +156,70 @@ class LanguageModel:
     @torch.inference_mode()
     def logits(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """The same with logits, which are not normalised."""
-        yield from self._run(tokens, logits=True)
+        yield from self._run(self.inputs(tokens), logits=True)
 
     @torch.inference_mode()
-    def log_probabilities(self, inputs: torch.Tensor, keep: int) -> torch.Tensor:
-        """Log-probabilities (batch, keep, vocabulary) after each of the last ``keep`` of some inputs (batch, time)."""
-        return torch.log_softmax(self.model(inputs, logits_to_keep=keep, use_cache=False).logits.float(), dim=-1)
+    def log_probabilities(self, inputs: torch.Tensor, keep: int, states: Cache | None = None) -> torch.Tensor:
+        """Log-probabilities (batch, keep, vocabulary) after each of the last ``keep`` of some inputs (batch, time).
 
-    def _run(self, tokens: np.ndarray, *, logits: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        inputs = self.inputs(tokens)
-        cut = windows(len(tokens), context=self.key_spec.context, stride=self.key_spec.stride)
+        ``states`` are what the model kept of the inputs before these; it is made longer.
+        """
+        out = self.model(inputs, logits_to_keep=keep, past_key_values=states, use_cache=states is not None)
+        return torch.log_softmax(out.logits.float(), dim=-1)
+
+    @torch.inference_mode()
+    def read(self, inputs: torch.Tensor, first: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """As :meth:`logits`, after each of some inputs (n,) of any kind, from number ``first`` on."""
+        yield from self._run(inputs, logits=True, first=first)
+
+    @torch.inference_mode()
+    def read_on(
+        self, inputs: torch.Tensor, states: Cache, mask: torch.Tensor, keep: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read some more inputs of several texts.
+
+        Args:
+            inputs: (batch, time).
+            states: what the model kept of the inputs before these; it is made longer.
+            mask: (batch, all inputs so far and these), 0 for padding, which stands on the left.
+            keep: so many of the last inputs are asked for.
+
+        Returns:
+            Keys (batch, keep, dimension) and logits (batch, keep, vocabulary).
+        """
+        places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
+        padding = {} if bool(mask.all()) else {"attention_mask": mask}
+        keys, logits = self._forward(
+            inputs, logits=True, keep=keep, past_key_values=states, use_cache=True, position_ids=places, **padding
+        )
+        return keys[:, -keep:], logits
+
+    def states(self) -> Cache:
+        """An empty memory of what the model reads, for :meth:`read_on` and :meth:`log_probabilities`."""
+        return DynamicCache(config=self.model.config)
+
+    def _run(self, inputs: torch.Tensor, *, logits: bool, first: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        cut = windows(len(inputs), context=self.key_spec.context, stride=self.key_spec.stride)
+        cut = [w._replace(first=max(w.first, first)) for w in cut if w.end > first]
         for at in range(0, len(cut), WINDOWS_PER_BATCH):
             batch = cut[at : at + WINDOWS_PER_BATCH]
             keys, scores = self._forward(torch.stack([inputs[w.begin : w.end] for w in batch]), logits=logits)
             yield _kept(keys, batch).numpy(), _kept(scores, batch) if logits else scores
 
-    def _forward(self, batch: torch.Tensor, *, logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(
+        self, batch: torch.Tensor, *, logits: bool, keep: int = 0, use_cache: bool = False, **reading: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.ours:
             if not logits:
                 return self.model.retrieval_keys(batch).float(), batch.new_empty(0)
-            out = self.model(batch, output_keys=True, use_cache=False)
+            out = self.model(batch, output_keys=True, logits_to_keep=keep, use_cache=use_cache, **reading)
             return out.retrieval_keys.float(), out.logits
-        keep = 0 if logits else 1
+        reading |= {"logits_to_keep": keep if logits else 1, "use_cache": use_cache}
         if self.key_spec.layer == "last_hidden_state":
-            out = self.model(batch, output_hidden_states=True, logits_to_keep=keep, use_cache=False)
+            out = self.model(batch, output_hidden_states=True, **reading)
             return out.hidden_states[-1].float(), out.logits
         with input_of(self.last_ffn) as seen:
-            out = self.model(batch, logits_to_keep=keep, use_cache=False)
+            out = self.model(batch, **reading)
         return seen[0].float(), out.logits
 
     def describe(self) -> dict[str, object]:

@@ -6,7 +6,7 @@ Nothing here knows how neighbours, blocks or n-grams are found: a datastore hand
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,10 +176,28 @@ class Mixture:
 def attribute(parts: Parts, index: int, token: int, weighing: Weighing, evidence: Evidence) -> list[Share]:
     """As :meth:`Mixture.attribute`, with the parts' evidence."""
     lm = parts.lm.probability(torch.full((len(parts.lm),), token))[index].item()
-    temperature = weighing.temperatures(evidence)
+    return _split(parts, index, token, lm, weighing.weigh(evidence), weighing.temperatures(evidence))
+
+
+def attribute_all(parts: Parts, tokens: torch.Tensor, weighing: Weighing) -> list[list[Share]]:
+    """The same for one token (n,) at each position."""
+    evidence, lm = parts.evidence(), parts.lm.probability(tokens).tolist()
+    weights, temperature = weighing.weigh(evidence), weighing.temperatures(evidence)
+    return [_split(parts, index, token, lm[index], weights, temperature) for index, token in enumerate(tokens.tolist())]
+
+
+def _split(
+    parts: Parts,
+    index: int,
+    token: int,
+    lm: float,
+    weights: Mapping[str, float | torch.Tensor],
+    temperature: Temperature,
+) -> list[Share]:
+    """Split p(token) at one position, where the model gives it ``lm``."""
     tau = float(temperature[index]) if isinstance(temperature, torch.Tensor) else temperature
     shares: dict[tuple[str, SourceDocument | None], float] = defaultdict(float)
-    for method, given in weighing.weigh(evidence).items():
+    for method, given in weights.items():
         weight = float(given[index]) if isinstance(given, torch.Tensor) else given
         reading = {"knn": parts.knn, "ric": parts.ric, "ngram": parts.ngram}.get(method)
         if reading is None or not bool(reading.found[index]):

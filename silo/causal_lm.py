@@ -1,0 +1,132 @@
+"""A mixture as a causal language model of transformers: its ``generate``, and whatever else takes such a model, run on
+the mixture unchanged."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from silo.errors import UsageError
+from silo.mixture import Mixture
+from silo.streaming import MixtureCache, Reader, Row
+from silo.weights import Weighing
+
+
+class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
+    """The log-probabilities of a mixture, as logits.
+
+    The model reads what it is given. If that begins with the start token, as it should, ``logits[:, t]`` is what
+    :meth:`silo.mixture.Mixture.parts` says of position t of the text after it. If it does not, the model and the
+    neighbours see a text that begins nowhere, as the model alone would; n-grams and blocks are those of the same text
+    with a start token, since neither knows one.
+
+    Inputs beyond the model's context are read as :class:`silo.streaming.Reader` says.
+    """
+
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, mixture: Mixture, weighing: Weighing) -> None:
+        """Weigh a mixture. Raises :class:`UsageError` if it lacks a method that is weighed."""
+        missing = [method for method in weighing.methods if method not in mixture.methods]
+        if missing:
+            raise UsageError(
+                f"weights for {', '.join(weighing.methods)}, but the mixture has {', '.join(mixture.methods)} only; "
+                "open a store, and use what is weighed"
+            )
+        inner = mixture.model.model
+        super().__init__(copy.deepcopy(inner.config))
+        self.generation_config = copy.deepcopy(inner.generation_config)
+        self.lm = inner
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.mixture = mixture
+        self.weighing = weighing
+        self.reader = Reader(mixture)
+        self.eval()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.mixture.model.tokenizer
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Give the logarithm of the mixture's next-token distributions.
+
+        Args:
+            input_ids: (batch, time).
+            attention_mask: (batch, time so far), 0 for padding on the left or, in a first call, on the right. What
+                is said of padding is that every token is as likely.
+            past_key_values: of the call before; only the inputs since then are given.
+            use_cache: whether more inputs will come.
+            logits_to_keep: answer for this many last inputs only; 0 for all.
+
+        Returns:
+            Logits (batch, time, vocabulary) float32 and, with ``use_cache``, ``past_key_values``. No gradient.
+
+        Raises:
+            UsageError: the mask has holes, or the cache is another model's.
+        """
+        keep = logits_to_keep or input_ids.shape[1]
+        if isinstance(past_key_values, MixtureCache) and past_key_values.rows:
+            cache = past_key_values
+            read = self.reader.read_on(cache, input_ids, keep)
+            ends = [input_ids.shape[1]] * len(cache.rows)
+        else:
+            cache = _cache(past_key_values)
+            begins, ends = spans(input_ids, attention_mask)
+            start = self.mixture.model.start_token
+            for row, begin, end in zip(input_ids, begins, ends, strict=True):
+                cache.rows.append(Row(row[begin:end].numpy(), started=int(row[begin]) == start))
+            cache.width = input_ids.shape[1]
+            read = self.reader.start(cache, keep)
+        vocab_size, width = self.mixture.model.vocab_size, min(keep, input_ids.shape[1])
+        logits = torch.full((len(read), width, vocab_size), 1 / vocab_size).log_()
+        for row, pieces, out, end in zip(cache.rows, read, logits, ends, strict=True):
+            for parts in pieces:
+                place = end - row.position(len(row.inputs)) + parts.begin - (input_ids.shape[1] - width)
+                mixed = parts.distribution(self.weighing).clamp_min_(1e-300).log_()
+                out[max(0, place) : place + len(mixed)] = mixed[max(0, -place) :]
+        keeps = self.config.use_cache if use_cache is None else use_cache
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keeps else None)
+
+
+def _cache(given: Any) -> MixtureCache:
+    """An empty cache in place of what was given, which must be empty too."""
+    if given is not None and given.get_seq_length():
+        raise UsageError(
+            f"past_key_values is a {type(given).__name__} that holds {given.get_seq_length()} tokens of another "
+            "model; give the one that the mixture returned"
+        )
+    return given if isinstance(given, MixtureCache) else MixtureCache()
+
+
+def spans(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[list[int], list[int]]:
+    """Where the text of each row (batch, time) begins and ends. Raises :class:`UsageError` if it is not one piece."""
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise UsageError(f"input_ids of shape {tuple(input_ids.shape)}; expected (batch, time) with at least one token")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if mask.shape != input_ids.shape:
+        raise UsageError(f"an attention_mask {tuple(mask.shape)} for input_ids {tuple(input_ids.shape)}; give one size")
+    counts, begins = mask.sum(dim=1), mask.argmax(dim=1)
+    places = torch.arange(mask.shape[1])
+    whole = (places >= begins.unsqueeze(1)) & (places < (begins + counts).unsqueeze(1))
+    if not counts.min() or (mask.bool() != whole).any():
+        raise UsageError("the attention_mask of a row is not one run of ones; pad on the left or on the right")
+    return begins.tolist(), (begins + counts).tolist()
