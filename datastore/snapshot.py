@@ -89,6 +89,10 @@ class Snapshot:
                 raise StoreError(f"{self.path} was changed since it was opened; open it again") from error
             raise
 
+    def licenses(self) -> list[str]:
+        """The licences that the live documents have, as they are stated, sorted."""
+        return sorted({license for name in self.manifest.shards for license in self._shard_manifest(name)["licenses"]})
+
     def rows(self) -> dict[str, list[DocumentRow]]:
         """The documents of each live shard."""
         return {name: self._rows(name) for name in sorted(self.manifest.shards)}

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from silo.causal_lm import MixtureForCausalLM
     from silo.documents import Document
     from silo.errors import SiloError
     from silo.language_model import LanguageModel
@@ -14,12 +15,25 @@ if TYPE_CHECKING:
     from silo.modeling import SiloConfig, SiloForCausalLM
     from silo.weights import Weights
 
-__all__ = ["Document", "LanguageModel", "Mixture", "SiloConfig", "SiloError", "SiloForCausalLM", "Weights"]
+    load: Any
+
+__all__ = [
+    "Document",
+    "LanguageModel",
+    "Mixture",
+    "MixtureForCausalLM",
+    "SiloConfig",
+    "SiloError",
+    "SiloForCausalLM",
+    "Weights",
+    "load",
+]
 
 _HOMES = {
     "Document": "silo.documents",
     "LanguageModel": "silo.language_model",
     "Mixture": "silo.mixture",
+    "MixtureForCausalLM": "silo.causal_lm",
     "SiloConfig": "silo.modeling",
     "SiloError": "silo.errors",
     "SiloForCausalLM": "silo.modeling",
@@ -28,6 +42,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load":  # An upper layer's, which is named in one place below it.
+        from silo.cli import LOAD, named
+
+        return named(LOAD)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

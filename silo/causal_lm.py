@@ -4,15 +4,18 @@ the mixture unchanged."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers.generation import BaseStreamer, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from silo.errors import UsageError
-from silo.mixture import Mixture
+from silo.explanation import Answer, ExplainedToken, Explanation, pieces
+from silo.mixture import Mixture, attribute_all
 from silo.streaming import MixtureCache, Reader, Row
 from silo.weights import Weighing
 
@@ -98,13 +101,94 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             read = self.reader.start(cache, keep)
         vocab_size, width = self.mixture.model.vocab_size, min(keep, input_ids.shape[1])
         logits = torch.full((len(read), width, vocab_size), 1 / vocab_size).log_()
-        for row, pieces, out, end in zip(cache.rows, read, logits, ends, strict=True):
-            for parts in pieces:
+        for row, said, out, end in zip(cache.rows, read, logits, ends, strict=True):
+            for parts in said:
                 place = end - row.position(len(row.inputs)) + parts.begin - (input_ids.shape[1] - width)
                 mixed = parts.distribution(self.weighing).clamp_min_(1e-300).log_()
                 out[max(0, place) : place + len(mixed)] = mixed[max(0, -place) :]
         keeps = self.config.use_cache if use_cache is None else use_cache
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keeps else None)
+
+    def explain(self, text: str) -> Explanation:
+        """Split the probability of each token of a text, from the start token on, into the model's share and one share
+        a document. Raises :class:`UsageError` if the text has no token."""
+        tokens = self._tokens(text)
+        if not tokens:
+            raise UsageError("the text is empty; give one with at least one token")
+        return self._explain(tokens)
+
+    def generate_with_sources(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Answer:
+        """Write on, and say what each token rests on.
+
+        Args:
+            prompt: may be empty.
+            max_new_tokens: tokens at most; it ends before an end token.
+            temperature: tokens are drawn from the mixture to the power of 1 / temperature; 0 takes the likeliest.
+                The explanation is of the mixture itself.
+            seed: of the drawing.
+            progress: is told of each token how many there are, and how many there may be.
+        """
+        tokens = self._tokens(prompt)
+        ids = torch.tensor([[self.mixture.model.start_token, *tokens]])
+        drawing: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            torch.manual_seed(seed)
+        ends = self.generation_config.eos_token_id
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        out: Any = self.generate(  # type: ignore[misc]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=ends[0] if ends else 0,
+            streamer=_Count(progress, max_new_tokens) if progress else None,
+            **drawing,
+        )
+        written = out[0, ids.shape[1] :].tolist()
+        if written and written[-1] in ends:
+            written.pop()
+        explanation = self._explain([*tokens, *written], first=len(tokens))
+        return Answer(prompt, "".join(each.text for each in explanation.tokens), explanation)
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def _explain(self, tokens: Sequence[int], first: int = 0) -> Explanation:
+        """Explain the tokens of a text from number ``first`` on."""
+        if len(tokens) == first:
+            return Explanation(())
+        row = Row(self.mixture.model.inputs(np.asarray(tokens)).numpy(), started=True)
+        texts = pieces(self.tokenizer.decode, tokens[first:])
+        found = []
+        for parts in self.reader.read(row, first):
+            own = torch.tensor(tokens[parts.begin : parts.end])
+            for at, split in enumerate(attribute_all(parts, own, self.weighing), start=parts.begin):
+                found.append(ExplainedToken.of(tokens[at], texts[at - first], split))
+        return Explanation(tuple(found))
+
+
+class _Count(BaseStreamer):
+    """Tells how far a generation is."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self._progress, self._total, self._seen = progress, total, -1  # the prompt comes first
+
+    def put(self, value: torch.Tensor) -> None:
+        self._seen += 1
+        self._progress(max(0, self._seen), self._total)
+
+    def end(self) -> None:
+        self._progress(self._total, self._total)
 
 
 def _cache(given: Any) -> MixtureCache:

@@ -22,9 +22,13 @@ COMMANDS = {
     "train": ("training.cli:train", "Train a model on permissively licensed text."),
     "datastore": ("datastore.cli:datastore", "Build, change and verify a store of restricted text."),
     "eval": ("eval.cli:evaluate", "Measure perplexity with and without the store."),
+    "generate": ("datastore.generate_cli:generate", "Write text, and say which documents it comes from."),
     "quickstart": ("eval.quickstart_cli:quickstart", "Run the whole of SILO on real packages, in minutes."),
 }
 """Name → (where it lives, what ``silo --help`` says of it)."""
+
+LOAD = "datastore.loading:load"
+"""What ``silo.load`` is."""
 
 STORE_TEXTS = "datastore.texts:documents_of_store"
 """Reads a store's documents, for commands of this layer that are given one."""

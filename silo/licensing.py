@@ -233,18 +233,18 @@ def tier_of(license: str, policy: Policy = DEFAULT_POLICY) -> Tier:
     whole = policy.license_rule(license.strip())
     if whole is not None:
         return whole
-    expression = _parse(license.strip())
+    expression = parse_expression(license.strip())
     return Tier.RESTRICTED if expression is None else _tier_of_expression(expression, policy)
 
 
 def is_spdx(license: str) -> bool:
     """Whether a string is an SPDX expression of licences that are known."""
-    expression = _parse(license.strip()) if license.strip() else None
+    expression = parse_expression(license.strip()) if license.strip() else None
     return expression is not None and not _licensing().unknown_license_keys(expression)
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse(license: str) -> Any:
+def parse_expression(license: str) -> Any:
     """The parsed expression, or None. Unknown licences inside it are kept, and restricted later."""
     if len(license) > _LONGEST_EXPRESSION:
         return None
@@ -404,7 +404,7 @@ def normalize_license(raw: str) -> str:
     """
     text = raw.strip()
     if is_spdx(text):
-        return _parse(text).render()
+        return parse_expression(text).render()
     if "\n" in text:
         plain = GRANT.search(text) and not COPYLEFT.search(text)
         return normalize_license(text.partition("\n")[0]) if plain else NO_LICENSE

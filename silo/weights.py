@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from silo.errors import UsageError
+from silo.files import read_json
 from silo.readings import Evidence, Temperature
 
 METHODS = ("lm", "knn", "ric", "ngram")
@@ -105,3 +108,45 @@ class Weights:
                     f"of lm and some of {', '.join(METHODS[1:])} that sum to 1, and a temperature above 0"
                 )
         return read
+
+
+def read_weighing(value: Path | str | Mapping[str, Any], use: Sequence[str] | None = None) -> Weighing:
+    """Read weights of any kind: chosen ones, those that were fitted on a file, or a learnt gate.
+
+    Args:
+        value: a JSON file, or what such a file holds: λ by method, such as ``{"knn": 0.3, "temperature": 8}``, where
+            the model has what is left; what :meth:`Weights.to_json` gives; what ``silo eval perplexity
+            --save-weights`` wrote, of which the mixture of most methods is taken; or a gate.
+        use: the methods that are to be weighed, where the weights leave a choice.
+
+    Raises:
+        UsageError: there are no such weights, or they are of other methods.
+    """
+    where = "weights" if isinstance(value, Mapping) else str(value)
+    content = value if isinstance(value, Mapping) else read_json(Path(value))
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{where} holds a {type(content).__name__}; expected a mapping with weights or a gate")
+    found = _weighing(content, use, where)
+    if use is not None and set(found.methods) != set(use):
+        raise UsageError(f"{where} weighs {', '.join(found.methods)}; expected {', '.join(use)}")
+    return found
+
+
+def _weighing(content: Mapping[str, Any], use: Sequence[str] | None, where: str) -> Weighing:
+    if "gate" in content:
+        gate: Any = importlib.import_module("silo.gate").Gate
+        return gate.from_json(content, where=where)
+    if isinstance(content.get("mixtures"), Mapping):
+        read = [Weights.from_json(each, where=f"{where}: {name!r}") for name, each in content["mixtures"].items()]
+        fit = [each for each in read if use is None or set(each.methods) == set(use)]
+        if not fit:
+            raise UsageError(f"{where} has no mixture of {', '.join(use or METHODS)}; fit it with --fit --save-weights")
+        return max(fit, key=lambda each: len(each.methods))
+    if content and set(content) <= {*METHODS, "temperature"}:
+        given = {name: content[name] for name in METHODS if name in content}
+        try:
+            given.setdefault("lm", 1.0 - sum(given.values()))
+        except TypeError:
+            raise UsageError(f"{where} has weights {dict(content)}; expected numbers") from None
+        content = {"weights": given, "temperature": content.get("temperature", 1.0)}
+    return Weights.from_json(content, where=where)

@@ -1,0 +1,92 @@
+"""A model and a store, ready to generate: ``silo.load``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datastore.policy import Named, QueryPolicy
+from datastore.store import Store
+from silo.causal_lm import MixtureForCausalLM
+from silo.errors import UsageError
+from silo.language_model import LanguageModel
+from silo.mixture import Mixture
+from silo.weights import METHODS, Weighing, Weights, read_weighing
+
+if TYPE_CHECKING:
+    from silo.in_context import InContext
+
+GATE = "gate"
+"""Stands for the gate of the store."""
+
+
+def load(
+    model: str | Path | LanguageModel,
+    *,
+    store: str | Path | Store | None = None,
+    use: Sequence[str] | None = None,
+    weights: str | Path | Mapping[str, Any] | Weighing | None = None,
+    allow: Named = None,
+    deny: Named = None,
+    purpose: str | None = None,
+    in_context: InContext | None = None,
+) -> MixtureForCausalLM:
+    """Load a model beside what some documents of a store answer, as a causal language model of transformers.
+
+    Args:
+        model: a directory of ours or of any causal model of Hugging Face's.
+        store: of that model; without one the model is alone.
+        use: ``lm``, and of ``knn``, ``ric`` and ``ngram`` what is wanted; if absent, what is weighed.
+        weights: ``"gate"``, which is the store's and what counts if nothing is given; a JSON file or a mapping, as
+            :func:`silo.weights.read_weighing` takes them, such as ``{"knn": 0.3}``; or a weighing.
+        allow: documents that may be used, if not all: patterns of licences such as ``"CC-BY-*"``, or a mapping such as
+            ``{"owners": ["Ada"], "sources": ["mail"]}``, of which a document needs one.
+        deny: documents that may not, in the same way.
+        purpose: ``"commercial"`` or ``"research"``: only documents whose licence permits it.
+        in_context: how blocks are looked up and read.
+
+    Raises:
+        UsageError: what is asked for does not fit together.
+        StoreError: the store is of another model.
+    """
+    policy = QueryPolicy.of(allow, deny, purpose)
+    opened = Store.open(Path(store)) if isinstance(store, (str, Path)) else store
+    weighing = choose_weighing(weights, use, opened)
+    lm = model if isinstance(model, LanguageModel) else LanguageModel.load(Path(model))
+    if opened is None or list(weighing.methods) == ["lm"]:
+        return MixtureForCausalLM(Mixture(lm), weighing)
+    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, **policy.selections(opened))
+    return MixtureForCausalLM(mixture, weighing)
+
+
+def choose_weighing(
+    weights: str | Path | Mapping[str, Any] | Weighing | None, use: Sequence[str] | None, store: Store | None
+) -> Weighing:
+    """The weights that are meant. Raises :class:`UsageError` if none are, or they do not fit ``use`` or the store."""
+    unknown = sorted(set(use or ()) - set(METHODS))
+    if unknown or (use is not None and "lm" not in use):
+        raise UsageError(f"use {', '.join(use or ())}; expected lm, and some of {', '.join(METHODS[1:])}")
+    alone = set(use or ()) == {"lm"} or (use is None and weights is None and store is None)
+    found = Weights({"lm": 1.0}) if alone else _weighing(weights, use, store)
+    if store is None and set(found.methods) != {"lm"}:
+        raise UsageError(f"{', '.join(found.methods[1:])} cannot be used without a store; give one")
+    return found
+
+
+def _weighing(
+    weights: str | Path | Mapping[str, Any] | Weighing | None, use: Sequence[str] | None, store: Store | None
+) -> Weighing:
+    if weights is None or weights == GATE:
+        gate: Weighing | None = getattr(store.control, GATE, None) if store is not None else None
+        if gate is None:
+            raise UsageError(
+                f"{store.path if store else 'no store'} has no gate; give weights: a file that `silo eval perplexity "
+                '--fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
+            )
+        if use is not None and set(gate.methods) != set(use):
+            raise UsageError(f"the store's gate weighs {', '.join(gate.methods)}; expected {', '.join(use)}")
+        return gate
+    if isinstance(weights, (str, Path, Mapping)):
+        return read_weighing(weights, use)
+    return weights
