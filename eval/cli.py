@@ -152,7 +152,7 @@ def render_gate(value: dict[str, Any]) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="The store that the gate is for.")
-@click.option("--use", "methods", default="lm,knn,ngram", callback=parse_methods, show_default=True)
+@click.option("--use", "methods", default="lm,knn,ngram", callback=parse_methods, show_default=True, help="Methods.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Write the gate to this file.")
 @click.option("--store-tokens", default=400_000, show_default=True, help="Tokens of the rehearsal's store.")
 @click.option("--asked-tokens", default=60_000, show_default=True, help="Tokens to learn from, and to judge by.")
