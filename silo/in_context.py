@@ -50,7 +50,7 @@ class InContext:
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("query_tokens", "stride", "blocks", "block_tokens")}
-        for name, value in {**counts, "text_tokens": self.text_tokens or 1}.items():
+        for name, value in {**counts, "text_tokens": 1 if self.text_tokens is None else self.text_tokens}.items():
             if value < 1:
                 raise UsageError(f"retrieval in context with {name} = {value}; expected at least 1")
         if self.combine not in COMBINATIONS:
@@ -236,7 +236,7 @@ def _features(query: str, tokens: np.ndarray, blocks: list[Block]) -> dict[str, 
         "score": best.score,
         "score_per_word": best.score / max(1, len(set(re.findall(r"\w+", query.lower())))),
         "gap": (best.score - second) / best.score if best.score > 0 else 0.0,
-        "overlap": float(np.isin(np.unique(tokens), best.tokens).mean()),
+        "overlap": float(np.isin(np.unique(tokens), best.tokens).mean()) if len(tokens) else 0.0,
     }
 
 
