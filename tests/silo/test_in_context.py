@@ -16,10 +16,10 @@ from silo.retrieval import Block, SourceDocument
 
 SETTINGS = [
     InContext(),
-    InContext(query_tokens=16, stride=4, block_tokens=20, text_tokens=24),
+    InContext(query_tokens=16, stride=4, blocks=1, block_tokens=20, text_tokens=24),
     InContext(query_tokens=16, stride=4, blocks=3, block_tokens=20, text_tokens=17),
     InContext(query_tokens=16, stride=5, blocks=3, combine="concatenate", block_tokens=20),
-    InContext(query_tokens=64, stride=1000, block_tokens=1000),
+    InContext(query_tokens=64, stride=1000, blocks=1, block_tokens=1000),
 ]
 NAMES = ["default", "ralm", "ensemble", "concatenate", "silo"]
 
@@ -177,7 +177,7 @@ def test_an_ensemble_in_which_blocks_agree_is_one_block(model, tokens):
     """Blocks of the same tokens give what one of them gives, and share it by the softmax of their scores."""
     twice = Sequence(("a", 0, [5] * 9), ("b", 0, [5] * 9))
     reading = read_in_context(model, twice, tokens, 0, 30, InContext(blocks=2, temperature=2.0))
-    alone = read_in_context(model, twice, tokens, 0, 30, InContext())
+    alone = read_in_context(model, twice, tokens, 0, 30, InContext(blocks=1))
     torch.testing.assert_close(reading.distribution(), alone.distribution(), rtol=1e-12, atol=1e-15)
     (first, _), (second, _) = reading.shares(7, 3)
     assert first / second == pytest.approx(math.exp(0.5))
@@ -235,6 +235,19 @@ def test_what_is_of_no_use_is_not_read(model, source, tokens, monkeypatch):
     assert not read_blocks(model, tokens, found, where & False).found.any()
 
 
+def test_a_poor_look_up_is_not_read(model, source, tokens):
+    """Under a least score by words only the strides that have it are read, and their evidence is told all the same."""
+    settings = InContext(query_tokens=16, stride=4)
+    whole = read_in_context(model, source, tokens, 0, len(tokens), settings)
+    least = float(np.median(whole.evidence()["score_per_word"]))
+    some = read_in_context(model, source, tokens, 0, len(tokens), replace(settings, min_score_per_word=least))
+    good = whole.evidence()["score_per_word"] >= least
+    assert 0.3 < good.mean() < 0.7
+    np.testing.assert_array_equal(some.found, good)
+    torch.testing.assert_close(some.distribution()[good], whole.distribution()[good], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(some.evidence()["score"], whole.evidence()["score"])
+
+
 def test_evidence_tells_a_good_look_up_from_a_bad_one(model, source, tokens):
     """Where the query is of a stored text its words are found together: score and overlap are higher; where nothing is
     found all is zero; and what is a part of something is from 0 to 1."""
@@ -277,10 +290,13 @@ def test_any_context_has_room(model, tokens, context, settings, monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"query_tokens": 0}, {"stride": 0}, {"blocks": 0}, {"block_tokens": 0}, {"text_tokens": 0}, {"temperature": 0.0},
-     {"combine": "product"}],
+    [
+        *({name: 0} for name in ("query_tokens", "stride", "blocks", "block_tokens", "text_tokens", "temperature")),
+        {"min_score_per_word": -1.0},
+        {"combine": "product"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_nonsensical_settings_are_refused(wrong):
     """A setting out of range is a wrong call that names it."""
     with pytest.raises(UsageError, match=f"{next(iter(wrong)) if 'combine' not in wrong else 'combined'}"):
