@@ -1,0 +1,134 @@
+"""Dense, top-2 of 8 experts, product-key memory and PEER at equal floating-point operations, on the same text.
+
+    python scripts/compare_experts.py CORPUS/{books_pd,gov_pd,docs_sw,docs_by}.jsonl.zst --out DIR > experts.json
+
+As in the paper (He 2024, section 4.1), one feed-forward layer is replaced, in the middle, by each of the three; all
+else is dense and alike. Its sizes are chosen so that it costs what the dense one costs: 6 · 256 · 768 operations a
+token. Two experts of half the width (and a router); queries, half keys and 128 neurons; the same and 256 values.
+So the models differ in parameters, not in operations; these are counted as they run (``training.flops``).
+
+All see the same sequences in the same order, with one tokenizer, trained once. Each kind has the learning rate that
+was best for it on validation text in short runs of seed 100 (``--tokens`` and ``--learning-rate`` repeat them).
+Training documents are the files' ``train`` split; curves come from a sample of ``val``, what is reported from ``test``.
+
+The seed is the outermost loop. A run that was stopped goes on where it stood when the same command is given again, and
+a finished one is not repeated; ``--report`` prints what is there. Prints one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from experiment import LENGTH, VOCABULARY, open_samples, prepare, run_once
+from recording import command, commit, files_hash, machine
+
+from silo.modeling import SiloForCausalLM
+from training.flops import flops_per_token
+from training.recipe import Recipe
+from training.shape import model_config
+
+MIDDLE = 2
+SHAPE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 768,
+    "key_dim": 128,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
+    "pkm": {"pkm_num_values": 256**2, "pkm_heads": 8, "pkm_values_per_head": 32},
+    "peer": {"peer_num_experts": 256**2, "peer_heads": 8, "peer_experts_per_head": 16},
+}
+LEARNING_RATES = {"dense": 2e-3, "moe": 2e-3, "pkm": 2e-3, "peer": 2e-3}
+SAMPLES = {"val": 100 * LENGTH, "test": 200 * LENGTH}
+"""Tokens of each domain."""
+POINTS = 10
+"""Of a curve."""
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where texts, models and curves are kept.")
+@click.option("--tokens", default=1 << 20, show_default=True, help="Of a run.")
+@click.option("--batch", default=16, show_default=True, help="Sequences a step.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=tuple(KINDS))
+@click.option("--learning-rate", type=float, help="In place of the ones that were tuned.")
+@click.option("--report", is_flag=True, help="Train nothing; print what there is.")
+def main(
+    files: tuple[Path, ...], out: Path, tokens: int, batch: int, seeds: tuple[int, ...], kinds: tuple[str, ...],
+    learning_rate: float | None, report: bool,
+) -> None:  # fmt: skip
+    """Train what is missing, and print one JSON document."""
+    torch.set_num_threads(1)
+    corpus, others = prepare(files, out)
+    samples, data = open_samples(corpus, others, SAMPLES)
+    runs = []
+    for seed in seeds:
+        for kind in kinds:
+            directory = out / "runs" / f"{seed}-{kind}"
+            recipe = recipe_of(kind, corpus, directory / "model", seed, tokens, batch, learning_rate)
+            if not report or (directory / "run.json").exists():
+                found = run_once(directory, recipe, samples, recipe.checkpoint_every or 1, say(f"{kind}, seed {seed}"))
+                runs.append({"kind": kind, **found})
+    record = {
+        "machine": machine(),
+        "command": command(),
+        "commit": commit(),
+        "seeds": sorted({run["seed"] for run in runs}),
+        "data": files_hash(files),
+        "result": {**data, "kinds": {kind: counted(kind, corpus, tokens, batch) for kind in kinds}, "runs": runs},
+    }
+    print(json.dumps(record, indent=1))
+
+
+def say(run: str) -> Any:
+    """Progress, on stderr."""
+    return lambda line: print(f"{run}: {line}", file=sys.stderr, flush=True)
+
+
+def recipe_of(
+    kind: str, corpus: Path, output: Path, seed: int, tokens: int, batch: int, learning_rate: float | None
+) -> Recipe:
+    """The recipe of a run. Of a finished one only the shape is of use, so its output may exist."""
+    ffn = ["dense"] * SHAPE["num_hidden_layers"]
+    ffn[MIDDLE] = kind
+    steps = tokens // (batch * LENGTH)
+    return Recipe(
+        corpus=corpus,
+        output=output,
+        token_budget=tokens,
+        model=SHAPE | KINDS[kind] | {"ffn": ffn},
+        vocab_size=VOCABULARY,
+        sequence_length=LENGTH,
+        batch_size=batch,
+        learning_rate=learning_rate or LEARNING_RATES[kind],
+        checkpoint_every=max(1, steps // POINTS),
+        seed=seed,
+    )
+
+
+def counted(kind: str, corpus: Path, tokens: int, batch: int) -> dict[str, Any]:
+    """Parameters and forward operations a token of a kind."""
+    config = model_config(recipe_of(kind, corpus, Path("none"), 0, tokens, batch, None))
+    model = SiloForCausalLM(config)
+    layer = model.model.layers[MIDDLE].mlp
+    return {
+        "parameters": model.num_parameters(),
+        "parameters_of_the_layer": sum(each.numel() for each in layer.parameters()),
+        "flops_per_token": flops_per_token(model, LENGTH),
+        "settings": KINDS[kind],
+        "learning_rate": LEARNING_RATES[kind],
+    }
+
+
+if __name__ == "__main__":
+    main()
