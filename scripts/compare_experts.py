@@ -50,22 +50,21 @@ KINDS: dict[str, dict[str, Any]] = {
 LEARNING_RATES = {"dense": 2e-3, "moe": 2e-3, "pkm": 2e-3, "peer": 2e-3}
 SAMPLES = {"val": 100 * LENGTH, "test": 200 * LENGTH}
 """Tokens of each domain."""
-POINTS = 10
-"""Of a curve."""
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where texts, models and curves are kept.")
 @click.option("--tokens", default=1 << 20, show_default=True, help="Of a run.")
-@click.option("--batch", default=16, show_default=True, help="Sequences a step.")
+@click.option("--batch", default=8, show_default=True, help="Sequences a step.")
+@click.option("--points", default=6, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=tuple(KINDS))
 @click.option("--learning-rate", type=float, help="In place of the ones that were tuned.")
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
-    files: tuple[Path, ...], out: Path, tokens: int, batch: int, seeds: tuple[int, ...], kinds: tuple[str, ...],
-    learning_rate: float | None, report: bool,
+    files: tuple[Path, ...], out: Path, tokens: int, batch: int, points: int, seeds: tuple[int, ...],
+    kinds: tuple[str, ...], learning_rate: float | None, report: bool,
 ) -> None:  # fmt: skip
     """Train what is missing, and print one JSON document."""
     torch.set_num_threads(1)
@@ -77,7 +76,7 @@ def main(
             directory = out / "runs" / f"{seed}-{kind}"
             recipe = recipe_of(kind, corpus, directory / "model", seed, tokens, batch, learning_rate)
             if not report or (directory / "run.json").exists():
-                found = run_once(directory, recipe, samples, recipe.checkpoint_every or 1, say(f"{kind}, seed {seed}"))
+                found = run_once(directory, recipe, samples, points, say(f"{kind}, seed {seed}"))
                 runs.append({"kind": kind, **found})
     record = {
         "machine": machine(),
@@ -101,7 +100,6 @@ def recipe_of(
     """The recipe of a run. Of a finished one only the shape is of use, so its output may exist."""
     ffn = ["dense"] * SHAPE["num_hidden_layers"]
     ffn[MIDDLE] = kind
-    steps = tokens // (batch * LENGTH)
     return Recipe(
         corpus=corpus,
         output=output,
@@ -111,7 +109,7 @@ def recipe_of(
         sequence_length=LENGTH,
         batch_size=batch,
         learning_rate=learning_rate or LEARNING_RATES[kind],
-        checkpoint_every=max(1, steps // POINTS),
+        checkpoint_every=100,
         seed=seed,
     )
 

@@ -150,10 +150,12 @@ class Watch:
                 layer.register_forward_hook(self._count)
         else:
             self._seconds.append(time.process_time() - self._last)
-        if step % self._every == 0 or step == run.plan.steps:
+        measured = step % self._every == 0 or step == run.plan.steps
+        if measured:
             self.curve[str(step)] = self._sample.losses(run.model)["all"]
             recent = statistics.fmean(run.losses[-self._every :])
             self._say(f"step {step} of {run.plan.steps}: {self.curve[str(step)]:.4f} (training {recent:.4f})")
+        if measured or step % run.recipe.checkpoint_every == 0:  # type: ignore[operator]
             write_json(self._path, {"curve": self.curve, "seconds": self._seconds, "taken": self._taken})
         self._last = time.process_time()
 
@@ -177,14 +179,14 @@ def _choosing(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def run_once(
-    directory: Path, recipe: Recipe, samples: dict[str, HeldOut], every: int, say: Callable[[str], None]
+    directory: Path, recipe: Recipe, samples: dict[str, HeldOut], points: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train by a recipe and measure, or read what an earlier call measured. The recipe's output is ``model`` within."""
     record = directory / "run.json"
     if record.exists():
         return json.loads(record.read_bytes())
     directory.mkdir(parents=True, exist_ok=True)
-    watch = Watch(directory / "curve.json", samples["val"], every, say)
+    watch = Watch(directory / "curve.json", samples["val"], -(-recipe.steps // points), say)
     if not recipe.output.exists():
         train(recipe, say, watch)
     model = SiloForCausalLM.from_pretrained(recipe.output).eval()
