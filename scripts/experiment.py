@@ -104,7 +104,9 @@ def prepare(files: Sequence[Path], out: Path) -> tuple[Path, dict[str, list[Path
                 (partial / split / f"{_domain(file)}.jsonl").write_bytes(b"".join(chosen))
         partial.rename(text)
     if not (out / "corpus").exists():
-        collect(list(map(str, training)), out / "corpus", against=[str(each) for all in others.values() for each in all])
+        collect(
+            list(map(str, training)), out / "corpus", against=[str(each) for all in others.values() for each in all]
+        )
     return out / "corpus" / "permissive", others
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 aten = torch.ops.aten
 
 
-def flops_per_token(model: torch.nn.Module, length: int, *, batch: int = 4) -> float:
+def flops_per_token(model: PreTrainedModel, length: int, *, batch: int = 4) -> float:
     """Floating-point operations of a forward pass in evaluation, a token: two for each multiplication and addition of
     every product.
 
@@ -28,9 +29,9 @@ def flops_per_token(model: torch.nn.Module, length: int, *, batch: int = 4) -> f
     training = model.training
     model.eval()
     # oneDNN fills up the runs of experts to a few lengths, which is work but no part of the function.
-    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with torch.backends.mkldnn.flags(enabled=False), torch.no_grad(), counter:
+        model(input_ids=tokens, use_cache=False)
     model.train(training)
     return counter.get_total_flops() / tokens.numel()
 

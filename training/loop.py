@@ -16,7 +16,7 @@ from training.checkpoint import Checkpoints
 from training.continued import Origin, by_license
 from training.model_directory import Lesson, save
 from training.plan import Plan
-from training.recipe import Recipe
+from training.recipe import GROWS, Recipe
 from training.reweighting import SEQUENCES, reweighted
 from training.run import Run
 from training.shape import model_config, outline
@@ -88,6 +88,8 @@ def open_inputs(recipe: Recipe) -> tuple[Policy, Origin | None, Tokens]:
     if recipe.init is None:
         return policy, None, open_tokens(recipe.corpus, policy, recipe.vocab_size)
     origin = Origin.open(recipe.init, policy, recipe.sequence_length)
+    if GROWS in recipe.model:
+        origin = origin.grown(recipe.model[GROWS])
     return policy, origin, open_tokens(recipe.corpus, policy, recipe.vocab_size, tokenizer=origin.tokenizer)
 
 
@@ -147,9 +149,7 @@ def summarize(run: Run, lesson: Lesson, parameters: int) -> dict[str, Any]:
     return summary
 
 
-def optimize(
-    run: Run, checkpoints: Checkpoints, note: Callable[[str], None], watch: Callable[[Run], None]
-) -> None:
+def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None], watch: Callable[[Run], None]) -> None:
     """Train by a plan, from the latest checkpoint if there is one; the model's weights change in place."""
     recipe, plan = run.recipe, run.plan
     found = checkpoints.restore(run.model, run.optimizer, note)

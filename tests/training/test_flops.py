@@ -41,7 +41,7 @@ RETRIEVAL = 2 * WIDTH * 2 * 8 + 2 * 2 * 8 * 8
     ],
 )
 def test_the_count_is_that_of_the_layer_s_formula(kind, expected):
-    """A feed-forward layer costs two operations for each multiplication of its definition, whatever code computes it."""
+    """A feed-forward layer costs two operations for each multiplication of its definition, whatever computes it."""
     model = SiloForCausalLM(SiloConfig(**SHAPE, ffn=kind))
     assert flops_per_token(model, TIME) == REST + expected
 
