@@ -18,13 +18,12 @@ a finished one is not repeated; ``--report`` prints what is there. Prints one JS
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from experiment import LENGTH, VOCABULARY, open_samples, prepare, run_once
+from experiment import LENGTH, MIDDLE, VOCABULARY, open_samples, prepare, run_once, say, shape
 from recording import command, commit, files_hash, machine
 
 from silo.modeling import SiloForCausalLM
@@ -32,15 +31,6 @@ from training.flops import flops_per_token
 from training.recipe import Recipe
 from training.shape import model_config
 
-MIDDLE = 2
-SHAPE = {
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 768,
-    "key_dim": 128,
-}
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
@@ -48,8 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "peer": {"peer_num_experts": 256**2, "peer_heads": 8, "peer_experts_per_head": 16},
 }
 LEARNING_RATES = {"dense": 2e-3, "moe": 2e-3, "pkm": 2e-3, "peer": 2e-3}
-SAMPLES = {"val": 100 * LENGTH, "test": 200 * LENGTH}
-"""Tokens of each domain."""
 
 
 @click.command()
@@ -69,14 +57,14 @@ def main(
     """Train what is missing, and print one JSON document."""
     torch.set_num_threads(1)
     corpus, others = prepare(files, out)
-    samples, data = open_samples(corpus, others, SAMPLES)
+    samples, data = open_samples(corpus, others)
     runs = []
     for seed in seeds:
         for kind in kinds:
             directory = out / "runs" / f"{seed}-{kind}"
-            recipe = recipe_of(kind, corpus, directory / "model", seed, tokens, batch, learning_rate)
             if not report or (directory / "run.json").exists():
-                found = run_once(directory, recipe, samples, points, say(f"{kind}, seed {seed}"))
+                settings = recipe(kind, corpus, seed, tokens, batch, learning_rate or LEARNING_RATES[kind])
+                found = run_once(directory, settings, samples, points, say(f"{kind}, seed {seed}"))
                 runs.append({"kind": kind, **found})
     record = {
         "machine": machine(),
@@ -89,35 +77,25 @@ def main(
     print(json.dumps(record, indent=1))
 
 
-def say(run: str) -> Any:
-    """Progress, on stderr."""
-    return lambda line: print(f"{run}: {line}", file=sys.stderr, flush=True)
-
-
-def recipe_of(
-    kind: str, corpus: Path, output: Path, seed: int, tokens: int, batch: int, learning_rate: float | None
-) -> Recipe:
-    """The recipe of a run. Of a finished one only the shape is of use, so its output may exist."""
-    ffn = ["dense"] * SHAPE["num_hidden_layers"]
-    ffn[MIDDLE] = kind
-    return Recipe(
-        corpus=corpus,
-        output=output,
-        token_budget=tokens,
-        model=SHAPE | KINDS[kind] | {"ffn": ffn},
-        vocab_size=VOCABULARY,
-        sequence_length=LENGTH,
-        batch_size=batch,
-        learning_rate=learning_rate or LEARNING_RATES[kind],
-        checkpoint_every=100,
-        seed=seed,
-    )
+def recipe(kind: str, corpus: Path, seed: int, tokens: int, batch: int, learning_rate: float) -> dict[str, Any]:
+    """The recipe of a run, but for its output."""
+    return {
+        "corpus": corpus,
+        "token_budget": tokens,
+        "model": shape(kind) | KINDS[kind],
+        "vocab_size": VOCABULARY,
+        "sequence_length": LENGTH,
+        "batch_size": batch,
+        "learning_rate": learning_rate,
+        "checkpoint_every": 100,
+        "seed": seed,
+    }
 
 
 def counted(kind: str, corpus: Path, tokens: int, batch: int) -> dict[str, Any]:
     """Parameters and forward operations a token of a kind."""
-    config = model_config(recipe_of(kind, corpus, Path("none"), 0, tokens, batch, None))
-    model = SiloForCausalLM(config)
+    settings = recipe(kind, corpus, 0, tokens, batch, LEARNING_RATES[kind])
+    model = SiloForCausalLM(model_config(Recipe(output=corpus / "none", **settings)))
     layer = model.model.layers[MIDDLE].mlp
     return {
         "parameters": model.num_parameters(),

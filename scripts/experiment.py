@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,31 @@ VOCABULARY = 8192
 LENGTH = 256
 PER_DOCUMENT = 4 * LENGTH
 """Tokens that one document gives a sample at most, so that no long one decides."""
+
+SAMPLES = {"val": 100 * LENGTH, "test": 200 * LENGTH}
+"""Tokens of each domain in a held-out sample."""
+MIDDLE = 2
+"""The layer whose feed-forward part is not dense."""
+SHAPE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 768,
+    "key_dim": 128,
+}
+
+
+def shape(kind: str) -> dict[str, Any]:
+    """Fields of a model that has one kind of feed-forward layer in the middle, and dense ones else."""
+    ffn = ["dense"] * SHAPE["num_hidden_layers"]
+    ffn[MIDDLE] = kind
+    return SHAPE | {"ffn": ffn}
+
+
+def say(run: str) -> Callable[[str], None]:
+    """Progress, on stderr."""
+    return lambda line: print(f"{run}: {line}", file=sys.stderr, flush=True)
 
 
 class HeldOut:
@@ -114,12 +140,10 @@ def _domain(file: Path) -> str:
     return file.name.partition(".")[0]
 
 
-def open_samples(
-    corpus: Path, others: dict[str, list[Path]], sizes: dict[str, int]
-) -> tuple[dict[str, HeldOut], dict[str, Any]]:
+def open_samples(corpus: Path, others: dict[str, list[Path]]) -> tuple[dict[str, HeldOut], dict[str, Any]]:
     """A held-out sample of each split, cut by the corpus's own tokenizer; and what there is, for the record."""
     tokens = open_tokens(corpus, DEFAULT_POLICY, VOCABULARY)
-    samples = {split: HeldOut(others[split], tokens.tokenizer, size) for split, size in sizes.items()}
+    samples = {split: HeldOut(others[split], tokens.tokenizer, size) for split, size in SAMPLES.items()}
     return samples, {
         "corpus": tokens.manifest["corpus"],
         "training_tokens": tokens.manifest["tokens"]["train"],
@@ -181,29 +205,39 @@ def _choosing(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def run_once(
-    directory: Path, recipe: Recipe, samples: dict[str, HeldOut], points: int, say: Callable[[str], None]
+    directory: Path, settings: dict[str, Any], samples: dict[str, HeldOut], points: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Train by a recipe and measure, or read what an earlier call measured. The recipe's output is ``model`` within."""
+    """Train by a recipe and measure, or read what an earlier call measured.
+
+    Args:
+        directory: of this run; the model goes to ``model`` in it.
+        settings: the recipe, but for its output.
+        samples: held-out text by split; ``val`` is measured on the way.
+        points: how often.
+        say: is told how it goes on.
+    """
     record = directory / "run.json"
     if record.exists():
         return json.loads(record.read_bytes())
     directory.mkdir(parents=True, exist_ok=True)
-    watch = Watch(directory / "curve.json", samples["val"], -(-recipe.steps // points), say)
-    if not recipe.output.exists():
-        train(recipe, say, watch)
-    model = SiloForCausalLM.from_pretrained(recipe.output).eval()
+    tokens_a_step = settings["batch_size"] * settings["sequence_length"]
+    steps = settings["token_budget"] // tokens_a_step
+    watch = Watch(directory / "curve.json", samples["val"], -(-steps // points), say)
+    if not (directory / "model").exists():
+        train(Recipe(output=directory / "model", **settings), say, watch)
+    model = SiloForCausalLM.from_pretrained(directory / "model").eval()
     step = watch.summary()
     found = {
         "commit": commit(),
-        "seed": recipe.seed,
-        "learning_rate": recipe.learning_rate,
-        "steps": recipe.steps,
-        "tokens": recipe.steps * recipe.batch_size * recipe.sequence_length,
+        "seed": settings["seed"],
+        "learning_rate": settings["learning_rate"],
+        "steps": steps,
+        "tokens": steps * tokens_a_step,
         "parameters": model.num_parameters(),
         "curve": watch.curve,
         **{split: sample.losses(model) for split, sample in samples.items()},
-        "tokens_per_processor_second": recipe.batch_size * recipe.sequence_length / step["seconds_a_step"],
-        "experts": experts_used(model, samples["val"], step["experts_a_step"], recipe.steps),
+        "tokens_per_processor_second": tokens_a_step / step["seconds_a_step"],
+        "experts": experts_used(model, samples["val"], step["experts_a_step"], steps),
     }
     write_json(record, found)
     return found
