@@ -16,6 +16,7 @@ SHAPE = {
     "num_key_value_heads": 1,
     "intermediate_size": 24,
     "num_experts": 4,
+    "moe_intermediate_size": 12,
     "peer_num_experts": 64,
     "peer_heads": 2,
     "peer_experts_per_head": 3,
@@ -35,7 +36,7 @@ RETRIEVAL = 2 * WIDTH * 2 * 8 + 2 * 2 * 8 * 8
     ("kind", "expected"),
     [
         ("dense", 2 * 3 * WIDTH * 24),
-        ("moe", 2 * WIDTH * 4 + 2 * (2 * 3 * WIDTH * 24)),
+        ("moe", 2 * WIDTH * 4 + 2 * (2 * 3 * WIDTH * 12)),
         ("peer", RETRIEVAL + 2 * 2 * (2 * 3) * WIDTH),
         ("pkm", RETRIEVAL + 2 * (2 * 5) * WIDTH),
     ],
