@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pkm": {"pkm_num_values": 256**2, "pkm_heads": 8, "pkm_values_per_head": 32},
     "peer": {"peer_num_experts": 256**2, "peer_heads": 8, "peer_experts_per_head": 16},
 }
-LEARNING_RATES = {"dense": 2e-3, "moe": 2e-3, "pkm": 2e-3, "peer": 2e-3}
+LEARNING_RATES = {"dense": 3e-3, "moe": 3e-3, "pkm": 3e-3, "peer": 3e-3}
 
 
 @click.command()

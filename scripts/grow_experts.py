@@ -69,9 +69,8 @@ def main(
             directory = before.with_name(f"{seed}-{name}")
             if not report or (directory / "run.json").exists():
                 found = run_once(directory, {**common, **settings}, samples, points, say(f"{name}, seed {seed}"))
-                runs.append({"kind": name, **found, "seed": seed})
-        if (before / "model").exists():
-            runs[-1]["logits_changed_by"] = change(before / "model", samples["val"])
+                changed = {"logits_changed_by": change(before / "model", samples["val"])} if name == "before" else {}
+                runs.append({"kind": name, **found, **changed, "seed": seed})
     record = {
         "machine": machine(),
         "command": command(),
