@@ -7,8 +7,9 @@ else is dense and alike. Its sizes are chosen so that it costs what the dense on
 token. Two experts of half the width (and a router); queries, half keys and 128 neurons; the same and 256 values.
 So the models differ in parameters, not in operations; these are counted as they run (``training.flops``).
 
-All see the same sequences in the same order, with one tokenizer, trained once. Each kind has the learning rate that
-was best for it on validation text in short runs of seed 100 (``--tokens`` and ``--learning-rate`` repeat them).
+All see the same sequences in the same order, with one tokenizer, trained once. All have one learning rate; PEER's
+experts and the memory's values, which learn in few of the steps, have a greater one. Both were chosen on validation
+text in short runs of another seed (``--tokens``, ``--learning-rate`` and ``--expert-learning-rate`` repeat them).
 Training documents are the files' ``train`` split; curves come from a sample of ``val``, what is reported from ``test``.
 
 The seed is the outermost loop. A run that was stopped goes on where it stood when the same command is given again, and
@@ -26,10 +27,8 @@ import torch
 from experiment import LENGTH, MIDDLE, VOCABULARY, open_samples, prepare, run_once, say, shape
 from recording import command, commit, files_hash, machine
 
-from silo.modeling import SiloForCausalLM
+from silo.modeling import SiloConfig, SiloForCausalLM
 from training.flops import flops_per_token
-from training.recipe import Recipe
-from training.shape import model_config
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -37,7 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "pkm": {"pkm_num_values": 256**2, "pkm_heads": 8, "pkm_values_per_head": 32},
     "peer": {"peer_num_experts": 256**2, "peer_heads": 8, "peer_experts_per_head": 16},
 }
-LEARNING_RATES = {"dense": 3e-3, "moe": 3e-3, "pkm": 3e-3, "peer": 3e-3}
+LEARNING_RATE = 3e-3
+EXPERT_LEARNING_RATE = 9e-3
 
 
 @click.command()
@@ -48,22 +48,33 @@ LEARNING_RATES = {"dense": 3e-3, "moe": 3e-3, "pkm": 3e-3, "peer": 3e-3}
 @click.option("--points", default=6, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=tuple(KINDS))
-@click.option("--learning-rate", type=float, help="In place of the ones that were tuned.")
+@click.option("--learning-rate", default=LEARNING_RATE, show_default=True)
+@click.option("--expert-learning-rate", default=EXPERT_LEARNING_RATE, show_default=True)
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
     files: tuple[Path, ...], out: Path, tokens: int, batch: int, points: int, seeds: tuple[int, ...],
-    kinds: tuple[str, ...], learning_rate: float | None, report: bool,
+    kinds: tuple[str, ...], learning_rate: float, expert_learning_rate: float, report: bool,
 ) -> None:  # fmt: skip
     """Train what is missing, and print one JSON document."""
     torch.set_num_threads(1)
     corpus, others = prepare(files, out)
     samples, data = open_samples(corpus, others)
+    common = {
+        "corpus": corpus,
+        "token_budget": tokens,
+        "vocab_size": VOCABULARY,
+        "sequence_length": LENGTH,
+        "batch_size": batch,
+        "learning_rate": learning_rate,
+        "expert_learning_rate": expert_learning_rate,
+        "checkpoint_every": 100,
+    }
     runs = []
     for seed in seeds:
         for kind in kinds:
             directory = out / "runs" / f"{seed}-{kind}"
             if not report or (directory / "run.json").exists():
-                settings = recipe(kind, corpus, seed, tokens, batch, learning_rate or LEARNING_RATES[kind])
+                settings = {**common, "model": shape(kind) | KINDS[kind], "seed": seed}
                 found = run_once(directory, settings, samples, points, say(f"{kind}, seed {seed}"))
                 runs.append({"kind": kind, **found})
     record = {
@@ -72,37 +83,20 @@ def main(
         "commit": commit(),
         "seeds": sorted({run["seed"] for run in runs}),
         "data": files_hash(files),
-        "result": {**data, "kinds": {kind: counted(kind, corpus, tokens, batch) for kind in kinds}, "runs": runs},
+        "result": {**data, "kinds": {kind: counted(kind) for kind in kinds}, "runs": runs},
     }
     print(json.dumps(record, indent=1))
 
 
-def recipe(kind: str, corpus: Path, seed: int, tokens: int, batch: int, learning_rate: float) -> dict[str, Any]:
-    """The recipe of a run, but for its output."""
-    return {
-        "corpus": corpus,
-        "token_budget": tokens,
-        "model": shape(kind) | KINDS[kind],
-        "vocab_size": VOCABULARY,
-        "sequence_length": LENGTH,
-        "batch_size": batch,
-        "learning_rate": learning_rate,
-        "checkpoint_every": 100,
-        "seed": seed,
-    }
-
-
-def counted(kind: str, corpus: Path, tokens: int, batch: int) -> dict[str, Any]:
+def counted(kind: str) -> dict[str, Any]:
     """Parameters and forward operations a token of a kind."""
-    settings = recipe(kind, corpus, 0, tokens, batch, LEARNING_RATES[kind])
-    model = SiloForCausalLM(model_config(Recipe(output=corpus / "none", **settings)))
+    model = SiloForCausalLM(SiloConfig(vocab_size=VOCABULARY, **shape(kind), **KINDS[kind]))
     layer = model.model.layers[MIDDLE].mlp
     return {
         "parameters": model.num_parameters(),
         "parameters_of_the_layer": sum(each.numel() for each in layer.parameters()),
         "flops_per_token": flops_per_token(model, LENGTH),
         "settings": KINDS[kind],
-        "learning_rate": LEARNING_RATES[kind],
     }
 
 

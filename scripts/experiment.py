@@ -231,6 +231,7 @@ def run_once(
         "commit": commit(),
         "seed": settings["seed"],
         "learning_rate": settings["learning_rate"],
+        "expert_learning_rate": settings["expert_learning_rate"],
         "steps": steps,
         "tokens": steps * tokens_a_step,
         "parameters": model.num_parameters(),

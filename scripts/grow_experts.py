@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import torch
+from compare_experts import EXPERT_LEARNING_RATE, LEARNING_RATE
 from experiment import LENGTH, VOCABULARY, HeldOut, open_samples, prepare, run_once, say, shape
 from recording import command, commit, files_hash, machine
 
@@ -37,11 +38,12 @@ FURTHER_TEXT = 1000
 @click.option("--batch", default=8, show_default=True, help="Sequences a step.")
 @click.option("--points", default=4, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
-@click.option("--learning-rate", default=3e-3, show_default=True, type=float)
+@click.option("--learning-rate", default=LEARNING_RATE, show_default=True)
+@click.option("--expert-learning-rate", default=EXPERT_LEARNING_RATE, show_default=True)
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
     files: tuple[Path, ...], out: Path, tokens: int, batch: int, points: int, seeds: tuple[int, ...],
-    learning_rate: float, report: bool,
+    learning_rate: float, expert_learning_rate: float, report: bool,
 ) -> None:  # fmt: skip
     """Train what is missing, and print one JSON document."""
     torch.set_num_threads(1)
@@ -54,6 +56,7 @@ def main(
         "sequence_length": LENGTH,
         "batch_size": batch,
         "learning_rate": learning_rate,
+        "expert_learning_rate": expert_learning_rate,
         "checkpoint_every": 100,
     }
     runs = []

@@ -72,7 +72,6 @@ def experts(record: dict[str, Any]) -> str:
             KINDS[kind],
             f"{kinds[kind]['parameters']:,}",
             f"{kinds[kind]['flops_per_token'] / 1e6:.3f}",
-            f"{each[0]['learning_rate']:g}",
             spread(perplexities(each, "test"), 1),
             spread([a / b for a, b in zip(perplexities(each, "test"), dense, strict=True)], 3),
             f"{statistics.fmean(run['tokens_per_processor_second'] for run in each):,.0f}",
@@ -102,13 +101,14 @@ def experts(record: dict[str, Any]) -> str:
 Four decoders that differ in the feed-forward layer in the middle of four, chosen to cost the same: counted, as they \
 run, operations of a forward pass differ by {max(costs) / min(costs) - 1:.2%}. Permissive text of four domains, \
 {one["tokens"]:,} tokens in {one["steps"]:,} steps, the same for all in the same order; {len(dense)} seeds. Perplexity \
-of {result["test_tokens"]:,} held-out tokens (of {result["tokenizer"]:,} byte-pair entries). Learning rates are those \
-that were best in short runs on validation text.
+of {result["test_tokens"]:,} held-out tokens (of {result["tokenizer"]:,} byte-pair entries). The learning rate is \
+{one["learning_rate"]:g}, of PEER's experts and the memory's values {one["expert_learning_rate"]:g}: the best of a few \
+on validation text, in short runs of another seed.
 
 {sources(record)}
 
-| feed-forward | parameters | M operations a token | learning rate | test perplexity | of dense | tokens/s of one core |
-|:---|---:|---:|---:|---:|---:|---:|
+| feed-forward | parameters | M operations a token | test perplexity | of dense | tokens/s of one core |
+|:---|---:|---:|---:|---:|---:|
 {rows}
 
 By domain, means over the seeds:

@@ -15,6 +15,7 @@ LIMITS = {
     "batch_size": (1, math.inf),
     "micro_batch_size": (1, math.inf),
     "learning_rate": (0, math.inf),
+    "expert_learning_rate": (0, math.inf),
     "warmup_fraction": (0, 1),
     "decay_fraction": (0, 1),
     "weight_decay": (0, math.inf),
@@ -68,6 +69,9 @@ class Recipe:
     None: a process's whole share of the step."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
+    expert_learning_rate: float | None = None
+    """Peak for PEER's experts and the values of product-key memories, each of which learns in few of the steps only.
+    None: as all else."""
     schedule: str = "cosine"
     """``cosine``, or ``wsd`` for warm-up, a stable plateau and a decay."""
     warmup_fraction: float = 0.05

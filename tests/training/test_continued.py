@@ -178,8 +178,8 @@ def test_shapes_are_the_models(root):
 
 
 def test_a_recipe_grows_the_experts_of_its_first_model(root, tmp_path):
-    """With init and more experts a PEER layer grows: not learning it computes what it did but for rounding, learning its siblings part
-    ways, and the audit still lists its teachers."""
+    """With init and more experts a PEER layer grows: without learning it computes what it did but for rounding, with
+    it siblings part ways, and the audit still lists its teachers."""
     peer = ["model.ffn=peer", "model.peer_num_experts=16", "model.peer_experts_per_head=4", "model.key_dim=4"]
     peer += ["model.query_batch_norm=false"]  # whose averages move without learning
     train(load_config(Recipe, root / "first.yaml", [*peer, f"output={tmp_path / 'small'}"]))
