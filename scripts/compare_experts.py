@@ -8,7 +8,7 @@ token. Two experts of half the width (and a router); queries, half keys and 128 
 So the models differ in parameters, not in operations; these are counted as they run (``training.flops``).
 
 All see the same sequences in the same order, with one tokenizer, trained once. All have one learning rate; PEER's
-experts and the memory's values, which learn in few of the steps, have a greater one. Both were chosen on validation
+experts and the memory's values, which learn in few of the steps, have greater ones. They were chosen on validation
 text in short runs of another seed (``--tokens``, ``--learning-rate`` and ``--expert-learning-rate`` repeat them).
 Training documents are the files' ``train`` split; curves come from a sample of ``val``, what is reported from ``test``.
 
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "peer": {"peer_num_experts": 256**2, "peer_heads": 8, "peer_experts_per_head": 16},
 }
 LEARNING_RATE = 3e-3
-EXPERT_LEARNING_RATE = 9e-3
+EXPERT_LEARNING_RATES = {"pkm": 3e-2, "peer": 3e-2}
 
 
 @click.command()
@@ -49,11 +49,11 @@ EXPERT_LEARNING_RATE = 9e-3
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=tuple(KINDS))
 @click.option("--learning-rate", default=LEARNING_RATE, show_default=True)
-@click.option("--expert-learning-rate", default=EXPERT_LEARNING_RATE, show_default=True)
+@click.option("--expert-learning-rate", type=float, help="In place of the ones that were chosen.")
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
     files: tuple[Path, ...], out: Path, tokens: int, batch: int, points: int, seeds: tuple[int, ...],
-    kinds: tuple[str, ...], learning_rate: float, expert_learning_rate: float, report: bool,
+    kinds: tuple[str, ...], learning_rate: float, expert_learning_rate: float | None, report: bool,
 ) -> None:  # fmt: skip
     """Train what is missing, and print one JSON document."""
     torch.set_num_threads(1)
@@ -66,7 +66,6 @@ def main(
         "sequence_length": LENGTH,
         "batch_size": batch,
         "learning_rate": learning_rate,
-        "expert_learning_rate": expert_learning_rate,
         "checkpoint_every": 100,
     }
     runs = []
@@ -74,7 +73,13 @@ def main(
         for kind in kinds:
             directory = out / "runs" / f"{seed}-{kind}"
             if not report or (directory / "run.json").exists():
-                settings = {**common, "model": shape(kind) | KINDS[kind], "seed": seed}
+                rate = expert_learning_rate if kind in EXPERT_LEARNING_RATES else None
+                settings = {
+                    **common,
+                    "model": shape(kind) | KINDS[kind],
+                    "expert_learning_rate": rate or EXPERT_LEARNING_RATES.get(kind),
+                    "seed": seed,
+                }
                 found = run_once(directory, settings, samples, points, say(f"{kind}, seed {seed}"))
                 runs.append({"kind": kind, **found})
     record = {

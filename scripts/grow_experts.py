@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 import torch
-from compare_experts import EXPERT_LEARNING_RATE, LEARNING_RATE
+from compare_experts import EXPERT_LEARNING_RATES, LEARNING_RATE
 from experiment import LENGTH, VOCABULARY, HeldOut, open_samples, prepare, run_once, say, shape
 from recording import command, commit, files_hash, machine
 
@@ -39,7 +39,7 @@ FURTHER_TEXT = 1000
 @click.option("--points", default=4, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--learning-rate", default=LEARNING_RATE, show_default=True)
-@click.option("--expert-learning-rate", default=EXPERT_LEARNING_RATE, show_default=True)
+@click.option("--expert-learning-rate", default=EXPERT_LEARNING_RATES["peer"], show_default=True)
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
     files: tuple[Path, ...], out: Path, tokens: int, batch: int, points: int, seeds: tuple[int, ...],

@@ -102,8 +102,8 @@ Four decoders that differ in the feed-forward layer in the middle of four, chose
 run, operations of a forward pass differ by {max(costs) / min(costs) - 1:.2%}. Permissive text of four domains, \
 {one["tokens"]:,} tokens in {one["steps"]:,} steps, the same for all in the same order; {len(dense)} seeds. Perplexity \
 of {result["test_tokens"]:,} held-out tokens (of {result["tokenizer"]:,} byte-pair entries). The learning rate is \
-{one["learning_rate"]:g}, of PEER's experts and the memory's values {one["expert_learning_rate"]:g}: the best of a few \
-on validation text, in short runs of another seed.
+{one["learning_rate"]:g}, of PEER's experts {runs["peer"][0]["expert_learning_rate"]:g} and of the memory's values \
+{runs["pkm"][0]["expert_learning_rate"]:g}: the best of a few on validation text, in short runs of another seed.
 
 {sources(record)}
 
