@@ -40,7 +40,7 @@ LENGTH = 256
 PER_DOCUMENT = 4 * LENGTH
 """Tokens that one document gives a sample at most, so that no long one decides."""
 
-SAMPLES = {"val": 100 * LENGTH, "test": 200 * LENGTH}
+SAMPLES = {"val": 100 * LENGTH, "test": 100 * LENGTH}
 """Tokens of each domain in a held-out sample."""
 MIDDLE = 2
 """The layer whose feed-forward part is not dense."""
@@ -162,8 +162,8 @@ class Watch:
     def __init__(self, path: Path, sample: HeldOut, every: int, say: Callable[[str], None]) -> None:
         self._path, self._sample, self._every, self._say = path, sample, every, say
         found = json.loads(path.read_bytes()) if path.exists() else {"curve": {}, "seconds": [], "taken": []}
-        self.curve: dict[str, float] = found["curve"]
-        """Step → nats a token."""
+        self.curve: dict[str, dict[str, float]] = found["curve"]
+        """Step → nats a token, by domain and of all."""
         self._seconds: list[float] = found["seconds"]
         self._taken: list[int] = found["taken"]
         self._last: float | None = None
@@ -178,9 +178,9 @@ class Watch:
             self._seconds.append(time.process_time() - self._last)
         measured = step % self._every == 0 or step == run.plan.steps
         if measured:
-            self.curve[str(step)] = self._sample.losses(run.model)["all"]
+            self.curve[str(step)] = losses = self._sample.losses(run.model)
             recent = statistics.fmean(run.losses[-self._every :])
-            self._say(f"step {step} of {run.plan.steps}: {self.curve[str(step)]:.4f} (training {recent:.4f})")
+            self._say(f"step {step} of {run.plan.steps}: {losses['all']:.4f} (training {recent:.4f})")
         if measured or step % run.recipe.checkpoint_every == 0:  # type: ignore[operator]
             write_json(self._path, {"curve": self.curve, "seconds": self._seconds, "taken": self._taken})
         self._last = time.process_time()
@@ -235,8 +235,9 @@ def run_once(
         "steps": steps,
         "tokens": steps * tokens_a_step,
         "parameters": model.num_parameters(),
-        "curve": watch.curve,
-        **{split: sample.losses(model) for split, sample in samples.items()},
+        "curve": {step: losses["all"] for step, losses in watch.curve.items()},
+        "val": watch.curve[str(steps)],
+        "test": samples["test"].losses(model),
         "tokens_per_processor_second": tokens_a_step / step["seconds_a_step"],
         "experts": experts_used(model, samples["val"], step["experts_a_step"], steps),
     }
