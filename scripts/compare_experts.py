@@ -3,8 +3,8 @@
     python scripts/compare_experts.py CORPUS/{books_pd,gov_pd,docs_sw,docs_by}.jsonl.zst --out DIR > experts.json
 
 As in the paper (He 2024, section 4.1), one feed-forward layer is replaced, in the middle, by each of the three; all
-else is dense and alike. Its sizes are chosen so that it costs what the dense one costs: 6 · 256 · 768 operations a
-token. Two experts of half the width (and a router); queries, half keys and 128 neurons; the same and 256 values.
+else is dense and alike. Its sizes are chosen so that it costs what the dense one costs: 6 · 128 · 448 operations a
+token. Two experts of half the width (and a router); queries, half keys and 96 neurons; the same and 192 values.
 So the models differ in parameters, not in operations; these are counted as they run (``training.flops``).
 
 All see the same sequences in the same order, with one tokenizer, trained once. All have one learning rate; PEER's
@@ -32,9 +32,9 @@ from training.flops import flops_per_token
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
-    "pkm": {"pkm_num_values": 256**2, "pkm_heads": 8, "pkm_values_per_head": 32},
-    "peer": {"peer_num_experts": 256**2, "peer_heads": 8, "peer_experts_per_head": 16},
+    "moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 224},
+    "pkm": {"pkm_num_values": 256**2},
+    "peer": {"peer_num_experts": 256**2},
 }
 LEARNING_RATE = 3e-3
 EXPERT_LEARNING_RATES = {"pkm": 3e-2, "peer": 3e-2}
@@ -43,7 +43,7 @@ EXPERT_LEARNING_RATES = {"pkm": 3e-2, "peer": 3e-2}
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where texts, models and curves are kept.")
-@click.option("--tokens", default=320 * 8 * LENGTH, show_default=True, help="Of a run.")
+@click.option("--tokens", default=384 * 8 * LENGTH, show_default=True, help="Of a run.")
 @click.option("--batch", default=8, show_default=True, help="Sequences a step.")
 @click.option("--points", default=4, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)

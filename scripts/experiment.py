@@ -45,12 +45,16 @@ SAMPLES = {"val": 100 * LENGTH, "test": 100 * LENGTH}
 MIDDLE = 2
 """The layer whose feed-forward part is not dense."""
 SHAPE = {
-    "hidden_size": 256,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 768,
-    "key_dim": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 448,
+    "peer_heads": 6,
+    "peer_experts_per_head": 16,
+    "pkm_heads": 6,
+    "pkm_values_per_head": 32,
+    "key_dim": 64,
 }
 
 

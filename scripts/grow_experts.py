@@ -34,7 +34,7 @@ FURTHER_TEXT = 1000
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where texts, models and curves are kept.")
-@click.option("--tokens", default=160 * 8 * LENGTH, show_default=True, help="Before the growth, and after it.")
+@click.option("--tokens", default=192 * 8 * LENGTH, show_default=True, help="Before the growth, and after it.")
 @click.option("--batch", default=8, show_default=True, help="Sequences a step.")
 @click.option("--points", default=2, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
