@@ -8,7 +8,7 @@ refused.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json, sha256
+from silo.gate import Gate, Lessons
+from silo.language_model import LanguageModel
 from silo.mixing import fit_weights, interpolate, neighbour_weights, perplexity
 from silo.mixture import Mixture
 from silo.readings import Evidence, Temperature
@@ -65,6 +67,11 @@ class Scores:
     def lm(self) -> torch.Tensor:
         """(n,) float64 probabilities by the model alone."""
         return self.given["lm"]
+
+    @property
+    def lessons(self) -> Lessons:
+        """The same, as a gate learns from it."""
+        return Lessons(self.evidence, self.given, self.distances, self.hits)
 
     def knn(self, temperature: Temperature) -> torch.Tensor:
         """(n,) float64 probabilities by the neighbours; the model's where there are none."""
@@ -175,7 +182,7 @@ def fit_combinations(scores: Scores, methods: Sequence[str]) -> dict[str, Weight
     return {name: fit(scores, members) for name, members in combinations(methods).items()}
 
 
-def perplexities(scores: Scores, weights: dict[str, Weights]) -> dict[str, float]:
+def perplexities(scores: Scores, weights: Mapping[str, Weighing]) -> dict[str, float]:
     """Perplexity of each reported mixture."""
     return {name: perplexity(scores.log_probabilities(of_mixture)) for name, of_mixture in weights.items()}
 
@@ -206,9 +213,27 @@ def distribution_digest(mixture: Mixture, texts: Sequence[Text], weights: Weighi
     return digest.hexdigest()
 
 
-def weights_to_json(weights: dict[str, Weights], provenance: dict[str, Any]) -> dict[str, Any]:
-    """What a file of fitted weights holds; ``provenance`` says on what they were fitted."""
-    return {"mixtures": {name: of_mixture.to_json() for name, of_mixture in weights.items()}, **provenance}
+def weighings_from_json(
+    value: Any, methods: Sequence[str], model: LanguageModel, *, where: str
+) -> Mapping[str, Weights | Gate]:
+    """Read a file of weights, or a gate, for ``methods``. Raises :class:`UsageError` if it does not fit."""
+    if not (isinstance(value, dict) and value.get("kind") == "gate"):
+        return weights_from_json(value, methods, where=where)
+    gate = Gate.from_json(value, where=where)
+    made_for = value.get("provenance", {}).get("model")
+    if made_for != model.fingerprint:
+        raise UsageError(f"{where} was made for the model {made_for}, not {model.fingerprint}; make one for this model")
+    if not set(gate.methods) <= set(methods):
+        raise UsageError(f"{where} weighs {', '.join(gate.methods)}; give --use {','.join(gate.methods)}")
+    return {"lm": Weights({"lm": 1.0}), "gate": gate}
+
+
+def described(weighing: Weights | Gate, evidence: Evidence) -> dict[str, Any]:
+    """Weights as JSON; of a gate, the means of what it gave to some positions."""
+    if isinstance(weighing, Weights):
+        return weighing.to_json()
+    weights = {name: float(torch.as_tensor(each).mean()) for name, each in weighing.weigh(evidence).items()}
+    return {"weights": weights, "temperature": float(torch.as_tensor(weighing.temperatures(evidence)).mean())}
 
 
 def weights_from_json(value: Any, methods: Sequence[str], *, where: str) -> dict[str, Weights]:

@@ -211,7 +211,7 @@ def test_weights_as_json_and_back():
         "lm": Weights({"lm": 1.0}, 1.0),
         "lm+knn": Weights({"lm": 1 / 3, "knn": 2 / 3}, 0.5),
     }
-    written = json.loads(canonical_json(measure.weights_to_json(weights, {"fitted_on": "x"})))
+    written = json.loads(canonical_json({"mixtures": {name: each.to_json() for name, each in weights.items()}}))
     assert measure.weights_from_json(written, ["lm", "knn"], where="x") == weights
 
 
