@@ -81,12 +81,12 @@ def _weighing(
         gate: Weighing | None = getattr(store.control, GATE, None) if store is not None else None
         if gate is None:
             raise UsageError(
-                f"{store.path if store else 'no store'} has no gate; give weights: a file that `silo eval perplexity "
-                '--fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
+                f"{store.path if store else 'no store'} has no gate; give weights: a file that `silo eval gate` or "
+                '`silo eval perplexity --fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
             )
         if use is not None and set(gate.methods) != set(use):
             raise UsageError(f"the store's gate weighs {', '.join(gate.methods)}; expected {', '.join(use)}")
         return gate
     if isinstance(weights, (str, Path, Mapping)):
-        return read_weighing(weights, use)
+        return read_weighing(weights, use, model=store.manifest.model["fingerprint"] if store is not None else None)
     return weights

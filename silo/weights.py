@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,9 @@ class Weights:
         return read
 
 
-def read_weighing(value: Path | str | Mapping[str, Any], use: Sequence[str] | None = None) -> Weighing:
+def read_weighing(
+    value: Path | str | Mapping[str, Any], use: Sequence[str] | None = None, *, model: str | None = None
+) -> Weighing:
     """Read weights of any kind: chosen ones, those that were fitted on a file, or a learnt gate.
 
     Args:
@@ -118,6 +119,7 @@ def read_weighing(value: Path | str | Mapping[str, Any], use: Sequence[str] | No
             the model has what is left; what :meth:`Weights.to_json` gives; what ``silo eval perplexity
             --save-weights`` wrote, of which the mixture of most methods is taken; or a gate.
         use: the methods that are to be weighed, where the weights leave a choice.
+        model: the fingerprint of the model that they must be made for, if they say for which they were.
 
     Raises:
         UsageError: there are no such weights, or they are of other methods.
@@ -126,6 +128,9 @@ def read_weighing(value: Path | str | Mapping[str, Any], use: Sequence[str] | No
     content = value if isinstance(value, Mapping) else read_json(Path(value))
     if not isinstance(content, Mapping):
         raise UsageError(f"{where} holds a {type(content).__name__}; expected a mapping with weights or a gate")
+    made_for = content.get("model") or (content.get("provenance") or {}).get("model")
+    if model is not None and made_for is not None and made_for != model:
+        raise UsageError(f"{where} was made for the model {made_for}, not {model}; make one for this model")
     found = _weighing(content, use, where)
     if use is not None and set(found.methods) != set(use):
         raise UsageError(f"{where} weighs {', '.join(found.methods)}; expected {', '.join(use)}")
@@ -133,9 +138,10 @@ def read_weighing(value: Path | str | Mapping[str, Any], use: Sequence[str] | No
 
 
 def _weighing(content: Mapping[str, Any], use: Sequence[str] | None, where: str) -> Weighing:
-    if "gate" in content:
-        gate: Any = importlib.import_module("silo.gate").Gate
-        return gate.from_json(content, where=where)
+    if content.get("kind") == "gate":
+        from silo.gate import Gate  # which builds on this module
+
+        return Gate.from_json(content, where=where)
     if isinstance(content.get("mixtures"), Mapping):
         read = [Weights.from_json(each, where=f"{where}: {name!r}") for name, each in content["mixtures"].items()]
         fit = [each for each in read if use is None or set(each.methods) == set(use)]
