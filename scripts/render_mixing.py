@@ -32,10 +32,10 @@ def equal_text(record: dict[str, Any]) -> str:
     tokens = next(iter(result["domains"].values()))["tokens"]
     return f"""## Neighbours, blocks and ∞-grams at equal text: {record["model"]["name"]}
 
-One store of {result["store_tokens"]:,} tokens of {result["owners"]} owners, of all restricted domains alike, searched \
-by every method; {tokens:,} test tokens of each domain. Columns "+ …" have λ (with the ∞-gram for each class of suffix) \
-and τ tuned on the domain's own validation text; "one for all" those of all domains' validation text together; the gate \
-was taught by {gate["asked_tokens"]:,} tokens of permissive text beside a rehearsal's store of \
+One store of {result["store_tokens"]:,} tokens of {result["owners"]} owners, of all restricted domains alike, \
+searched by every method; {tokens:,} test tokens of each domain. Columns "+ …" have λ (with the ∞-gram for each class \
+of suffix) and τ tuned on the domain's own validation text; "one for all" those of all domains' validation text \
+together; the gate was taught by {gate["asked_tokens"]:,} tokens of permissive text beside a rehearsal's store of \
 {gate["store_tokens"]:,}, and knows nothing of domains. Its last column compares it with the best of the tuned.
 
 {provenance(record)}
@@ -61,8 +61,8 @@ def _ways(ways: dict[str, Any]) -> str:
             seconds = sum(of["processor_seconds"] for of in domains.values())
             rows.append(f"| {name} | {ratio:.3f} | {seconds:.0f} |")
     lines = "\n".join(rows)
-    return f"""Blocks read in other ways, {ways["tokens"]:,} test tokens of each restricted domain, λ tuned on validation \
-text: perplexity over that of the model alone (geometric mean), and processor seconds for all.
+    return f"""Blocks read in other ways, {ways["tokens"]:,} test tokens of each restricted domain, λ tuned on \
+validation text: perplexity over that of the model alone (geometric mean), and processor seconds for all.
 
 | way | model + blocks ÷ model | seconds |
 |:---|---:|---:|
