@@ -145,7 +145,8 @@ def remove(
     Documents elsewhere in the store that hold much of the same text are named, and stay unless --with-duplicates is
     given.
 
-    Weights that were fitted on the removed text lie outside the store: fit them again.
+    Weights that were fitted with the removed text lie outside the store: those that the store knows of are named, to be
+    fitted again. A gate, which is learnt from permissive text, stays as it is.
 
     Example: silo datastore remove STORE --owner 'Jeff Forcier' --reason 'request of 2026-11-22'
     """
@@ -171,8 +172,10 @@ def remove(
     receipt = opened.remove(selection, reason=reason, duplicates=wanted, key=signing)
     alike = receipt.content.get("near_duplicates", [])
     left = [] if with_duplicates else [row["id"] for row in alike]
-    copies = {"exports": receipt.content["exports"]} if "exports" in receipt.content else {}
-    return {**change(opened.path, receipt.path, receipt.content), "near_duplicates_left": left, **copies}
+    outside: dict[str, Any] = {
+        name: receipt.content[name] for name in ("exports", "weights_to_fit_again") if name in receipt.content
+    }
+    return {**change(opened.path, receipt.path, receipt.content), "near_duplicates_left": left, **outside}
 
 
 @datastore.command()

@@ -48,6 +48,7 @@ from silo.files import (
     read_checked,
     remove_tree,
     sha256,
+    sha256_file,
     sync_directory,
     write_file,
 )
@@ -227,6 +228,24 @@ class Store(Snapshot):
             self.require_addable(shard.rows)
             return self._insert(shard.documents(), key)
 
+    def note_weights(self, file: Path, owners: Iterable[str]) -> Receipt:
+        """Remember that weights were fitted with this store, on text of some owners: removals name them from now on.
+
+        The weights themselves stay outside the store.
+        """
+        with self._writing():
+            noted = {"file": file.name, "sha256": sha256_file(file), "owners": sorted(set(owners))}
+            return self._commit({}, "fit", [], request={}, reason="", told={"weights": noted})
+
+    def _weights_fitted(self) -> list[str]:
+        """The files of weights that were fitted with this store so far."""
+        receipts = [
+            history.load(self.path / "receipts" / line["receipt"], line["receipt_sha256"])
+            for line in self.log()
+            if line["operation"] == "fit"
+        ]
+        return sorted({receipt.content["weights"]["file"] for receipt in receipts})
+
     def _exports_of(self, ids: set[str]) -> list[str]:
         """The receipts of exports that held any of some documents: copies that a removal here does not reach."""
         found = []
@@ -280,6 +299,8 @@ class Store(Snapshot):
             told: dict[str, Any] = {"near_duplicates": alike} if duplicates != "ignore" else {}
             if exports := self._exports_of(ids):
                 told["exports"] = exports
+            if fitted := self._weights_fitted():
+                told["weights_to_fit_again"] = fitted
             return self._commit(
                 changed, "remove", going, request=selection.request(), reason=reason, told=told, key=key
             )

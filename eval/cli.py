@@ -79,10 +79,12 @@ def perplexity(
 
     Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ngram --data test.jsonl --fit val.jsonl
     """
+    from datastore.store import Store
     from eval import perplexity as measure
     from silo.documents import read_documents
     from silo.files import read_json, write_json
     from silo.language_model import LanguageModel
+    from silo.licensing import DEFAULT_POLICY
     from silo.progress import progress_bar
 
     require_options(methods, store, fit_on, weights)
@@ -97,11 +99,15 @@ def perplexity(
             fitted: Mapping[str, Weights | Gate] = measure.fit_combinations(
                 measure.score(mixture, texts, progress=progress), methods
             )
-        source: dict[str, Any] = {"fitted_on": measure.data_hash(texts)}
+        whose = {each.owner or each.source for each in fitted_documents if not DEFAULT_POLICY.tier(each).permissive}
+        source: dict[str, Any] = {"fitted_on": measure.data_hash(texts), "restricted_text_of": sorted(whose)}
     else:
         value: dict[str, Any] = read_json(weights) if weights else MODEL_ALONE
         fitted = measure.weighings_from_json(value, methods, lm, where=str(weights))
-        source = {"fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on")}
+        source = {
+            "fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on"),
+            "restricted_text_of": value.get("restricted_text_of", []),
+        }
     texts = measure.sample(documents, mixture, max_tokens)
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
@@ -109,6 +115,8 @@ def perplexity(
     described = {"mixtures": mixtures, **source, "model": lm.fingerprint, "store": store_hash}
     if save_weights:
         write_json(save_weights, described)
+        if store and source["restricted_text_of"]:
+            Store.open(store).note_weights(save_weights, source["restricted_text_of"])
     return {
         "perplexity": measure.perplexities(scores, fitted),
         "tokens": len(scores.lm),

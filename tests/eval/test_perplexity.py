@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from datastore.store import Store
+from datastore.store import Selection, Store
 from eval import perplexity as measure
 from silo.cli import main
 from silo.documents import Document
@@ -203,6 +203,20 @@ def test_weights_come_back_from_their_file(model_dir, store, val, test, tmp_path
     assert {name: fitted[name] for name in noted} == noted
     fewer = run_json("--model", model_dir, "--data", tmp_path / "test.jsonl", "--weights", saved)
     assert fewer["perplexity"] == {"lm": fitted["perplexity"]["lm"]}
+
+
+def test_a_removal_names_weights_that_restricted_text_taught(model_dir, make_store, val, test, documents, tmp_path):
+    """Weights fitted on restricted text say whose it was, and a later removal names their file; a gate is not named."""
+    store = make_store("store", documents[:4])
+    saved = tmp_path / "w.json"
+    files = ["--data", write(tmp_path / "test.jsonl", test), "--fit", write(tmp_path / "val.jsonl", val)]
+    run_json("--model", model_dir, "--store", store.path, "--use", "lm,knn", *files)
+    assert "weights_to_fit_again" not in store.remove(Selection(documents=(documents[0].id,))).content
+    run_json("--model", model_dir, "--store", store.path, "--use", "lm,knn", *files, "--save-weights", saved)
+    assert json.loads(saved.read_bytes())["restricted_text_of"] == sorted({each.owner for each in val})
+    receipt = store.remove(Selection(documents=(documents[1].id,)))
+    assert receipt.content["weights_to_fit_again"] == ["w.json"]
+    store.verify()
 
 
 def test_weights_as_json_and_back():

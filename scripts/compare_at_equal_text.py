@@ -1,0 +1,218 @@
+"""Neighbours, blocks and ∞-grams over the same restricted text, apart and together, weighed in three ways.
+
+    python scripts/compare_at_equal_text.py CORPUS/*.jsonl.zst --model MODEL --name NAME > equal_text.json
+
+One store holds text of the training split of all restricted files, the same amount of each; a file is a domain. Each
+domain's test split is read beside the whole store, and that of the permissive files, which have nothing in it. Weights:
+
+- one for all: λ and τ fitted on the validation text of all restricted domains together;
+- tuned: λ (with the ∞-gram: for each class of suffix) and τ fitted on the domain's own validation text, so that one has
+  to know whose text it is;
+- gate: learnt from permissive text of the training split only (`silo eval gate`), the same for all.
+
+Blocks are read in three ways: ours (two blocks every 64 tokens), In-Context RALM's (Ram 2023: one block every 4 tokens,
+looked up by 32) and SILO's (one block a window of text).
+
+Prints one JSON document: machine, command, commit, seed, data hash, result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from bench_control import read
+from recording import command, commit, files_hash, machine
+
+from datastore.control import ControlPlane, provenance
+from datastore.store import Store
+from eval.perplexity import Scores, Text, described, fit, sample, score
+from eval.rehearsal import rehearse
+from silo.documents import Document
+from silo.files import sha256
+from silo.gate import Gate
+from silo.in_context import InContext
+from silo.language_model import LanguageModel
+from silo.licensing import DEFAULT_POLICY
+from silo.mixture import Mixture
+from silo.weights import METHODS, Weights
+
+CHARACTERS = 24_000
+"""A document gives the store and the samples its beginning only, so that no long one decides."""
+MIXTURES = (["lm", "knn"], ["lm", "ngram"], ["lm", "ric"], ["lm", "knn", "ngram"], list(METHODS))
+WAYS = {
+    "In-Context RALM": InContext(query_tokens=32, stride=4, blocks=1),
+    "SILO": InContext(query_tokens=512, stride=512, blocks=1, block_tokens=512),
+}
+Splits = dict[str, dict[str, list[Document]]]
+"""Domain → split → documents."""
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--name", required=True, help="What the model is called in RESULTS.md.")
+@click.option("--store-tokens", default=200_000, show_default=True, help="Of each restricted domain.")
+@click.option("--rehearsal-tokens", default=400_000, show_default=True, help="Of the rehearsal's store.")
+@click.option("--asked-tokens", default=80_000, show_default=True, help="That teach the gate.")
+@click.option("--tokens", default=8_000, show_default=True, help="Of each domain, to fit on and to report.")
+@click.option("--ways-tokens", default=2_000, show_default=True, help="The same, for other ways to read blocks.")
+@click.option("--control-tokens", default=60_000, show_default=True)
+def main(
+    files: tuple[Path, ...], model: Path, name: str, store_tokens: int, rehearsal_tokens: int, asked_tokens: int,
+    tokens: int, ways_tokens: int, control_tokens: int,
+) -> None:  # fmt: skip
+    """Measure, and print one JSON document."""
+    lm = LanguageModel.load(model)
+    permissive, restricted = split(files)
+    with tempfile.TemporaryDirectory(prefix="silo-equal-text-") as directory:
+        store = build(Path(directory) / "store", lm, model, permissive, restricted, store_tokens, control_tokens)
+        # Not the text that teaches the store's centroids, but the training split of the same domains.
+        teachers = [document for domain in permissive.values() for document in domain["train"]]
+        gate, taught = rehearse(
+            lm, store, teachers, METHODS, policy=DEFAULT_POLICY, trained_on=set(),
+            store_tokens=rehearsal_tokens, asked_tokens=asked_tokens,
+        )  # fmt: skip
+        say(f"gate: {taught['nats_gained']}")
+        mixture = store.mixture(lm, METHODS)
+        domains = {**restricted, **permissive}
+        scores = {each: scored(mixture, of, tokens) for each, of in domains.items()}
+        for_all = fitted(joined([scores[each]["val"] for each in restricted]))
+        rows = {each: measured(scores[each], for_all, gate) for each in domains}
+        ways = {
+            way: {each: in_context(lm, store, settings, restricted[each], ways_tokens) for each in restricted}
+            for way, settings in {"ours": InContext(), **WAYS}.items()
+        }
+    report = {
+        "machine": machine(),
+        "command": command(),
+        "commit": commit(),
+        "seed": 0,
+        "data": files_hash(files),
+        "model": {"name": name, "fingerprint": lm.fingerprint},
+        "result": {
+            "store_tokens": sum(each.tokens for each in store.manifest.shards.values()),
+            "owners": len(store.manifest.shards),
+            "restricted": list(restricted),
+            "permissive": list(permissive),
+            "gate": {key: value for key, value in taught.items() if key != "teachers"},
+            "domains": rows,
+            "ways_to_read_blocks": {"tokens": ways_tokens, **ways},
+        },
+    }
+    print(json.dumps(report, indent=1))
+
+
+def split(files: Sequence[Path]) -> tuple[Splits, Splits]:
+    """The permissive and the restricted domains."""
+    sides: tuple[Splits, Splits] = ({}, {})
+    for file in files:
+        domain: dict[str, list[Document]] = {"train": [], "val": [], "test": []}
+        for name, document in read(file):
+            domain[name].append(replace(document, text=document.text[:CHARACTERS]))
+        for documents in domain.values():
+            documents.sort(key=lambda document: sha256(document.id.encode()))
+        sides[0 if DEFAULT_POLICY.tier(domain["train"][0]).permissive else 1][file.name.partition(".")[0]] = domain
+    return sides
+
+
+def taken(lm: LanguageModel, documents: Sequence[Document], tokens: int) -> Iterator[Document]:
+    """The first documents, until they have so many tokens."""
+    for document in documents:
+        if tokens <= 0:
+            return
+        tokens -= len(lm.tokenize(document))
+        yield document
+
+
+def build(
+    path: Path, lm: LanguageModel, model: Path, permissive: Splits, restricted: Splits, tokens: int, control: int
+) -> Store:
+    """One store of all restricted domains, with a control plane from permissive validation text."""
+    teachers = [d for domain in permissive.values() for d in taken(lm, domain["val"], control // len(permissive))]
+    keys = np.concatenate([lm.keys(lm.tokenize(document)) for document in teachers])
+    store = Store.create(path, lm, model / "tokenizer.json", ControlPlane.fit(keys, provenance(teachers)))
+    store.add([d for domain in restricted.values() for d in taken(lm, domain["train"], tokens)], lm)
+    say(f"{store.describe()['tokens']:,} tokens of {len(store.manifest.shards)} owners in the store")
+    return store
+
+
+def scored(mixture: Mixture, domain: dict[str, list[Document]], tokens: int) -> dict[str, Scores]:
+    """Samples of the validation and the test split, read by all methods."""
+    found = {name: score(mixture, sample(domain[name], mixture, tokens)) for name in ("val", "test")}
+    say(f"{len(found['test']):,} tokens")
+    return found
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """The tokens of several samples as one."""
+    first = scores[0]
+    return Scores(
+        {name: torch.cat([each.given[name] for each in scores]) for name in first.given},
+        torch.cat([each.distances for each in scores if each.distances is not None]),
+        torch.cat([each.hits for each in scores if each.hits is not None]),
+        {name: torch.cat([each.evidence[name] for each in scores]) for name in first.evidence},
+        [length for each in scores for length in each.lengths],
+    )
+
+
+def fitted(scores: Scores) -> dict[str, Weights]:
+    """Weights of each mixture."""
+    return {"+".join(methods[1:]): fit(scores, methods) for methods in MIXTURES}
+
+
+def measured(scores: dict[str, Scores], for_all: dict[str, Weights], gate: Gate) -> dict[str, Any]:
+    """Test perplexity by each mixture and each way to weigh it."""
+    test, own = scores["test"], fitted(scores["val"])
+
+    def perplexity(logs: torch.Tensor) -> float:
+        return math.exp(-logs.mean().item())
+
+    return {
+        "tokens": len(test),
+        "lm": perplexity(test.lm.log()),
+        "one for all": {name: perplexity(test.log_probabilities(weights)) for name, weights in for_all.items()},
+        "tuned": {name: perplexity(test.log_probabilities(weights)) for name, weights in own.items()},
+        "gate": perplexity(test.log_probabilities(gate)),
+        "weights": {
+            "tuned": {key: value for key, value in own["+".join(METHODS[1:])].to_json().items() if key != "by_suffix"},
+            "gate": described(gate, test.evidence),
+        },
+    }
+
+
+def in_context(
+    lm: LanguageModel, store: Store, settings: InContext, domain: dict[str, list[Document]], tokens: int
+) -> dict[str, float]:
+    """Test perplexity of the model alone and with blocks that are read in some way, and what that costs."""
+    mixture = store.mixture(lm, ["lm", "ric"], in_context=settings)
+    texts: dict[str, list[Text]] = {name: sample(domain[name], mixture, tokens) for name in ("val", "test")}
+    begin = time.process_time()
+    found = {name: score(mixture, each) for name, each in texts.items()}
+    seconds = time.process_time() - begin
+    weights = fit(found["val"], ["lm", "ric"])
+    return {
+        "lm": math.exp(-found["test"].lm.log().mean().item()),
+        "lm+ric": math.exp(-found["test"].log_probabilities(weights).mean().item()),
+        "weight": weights.by_method["ric"],
+        "processor_seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()

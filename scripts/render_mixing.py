@@ -1,0 +1,72 @@
+"""The sections of RESULTS.md that tell of the mixture: what each method gives, and how it is weighed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from recording import provenance
+
+
+def equal_text(record: dict[str, Any]) -> str:
+    """Perplexity by domain, method and way to weigh it, over one store of all restricted domains."""
+    result = record["result"]
+    names = list(next(iter(result["domains"].values()))["tuned"])
+    last = names[-1]
+    head = "| domain | model | " + " | ".join(f"+ {name.replace('+', ', ')}" for name in names)
+    head += " | one for all | gate | gate ÷ tuned |\n|:---|" + "---:|" * (len(names) + 4)
+
+    def row(name: str) -> str:
+        of = result["domains"][name]
+        tuned = " | ".join(f"{of['tuned'][each]:.1f}" for each in names)
+        best = min(of["tuned"].values())
+        return (
+            f"| {name} | {of['lm']:.1f} | {tuned} | {of['one for all'][last]:.1f} | {of['gate']:.1f} | "
+            f"{of['gate'] / best:.3f} |"
+        )
+
+    restricted = "\n".join(row(name) for name in result["restricted"])
+    permissive = "\n".join(row(name) for name in result["permissive"])
+    gate = result["gate"]
+    tokens = next(iter(result["domains"].values()))["tokens"]
+    return f"""## Neighbours, blocks and ∞-grams at equal text: {record["model"]["name"]}
+
+One store of {result["store_tokens"]:,} tokens of {result["owners"]} owners, of all restricted domains alike, \
+searched by every method; {tokens:,} test tokens of each domain. Columns "+ …" have λ (with the ∞-gram for each class \
+of suffix) and τ tuned on the domain's own validation text; "one for all" those of all domains' validation text \
+together; the gate was taught by {gate["asked_tokens"]:,} tokens of permissive text beside a rehearsal's store of \
+{gate["store_tokens"]:,}, and knows nothing of domains. Its last column compares it with the best of the tuned.
+
+{provenance(record)}
+
+{head}
+{restricted}
+
+Permissive text beside the same store, which holds nothing of it:
+
+{head}
+{permissive}
+
+{_ways(result["ways_to_read_blocks"])}
+"""
+
+
+def _ways(ways: dict[str, Any]) -> str:
+    """Ways to read blocks, over all domains alike."""
+    rows = []
+    for name, domains in ways.items():
+        if name != "tokens":
+            ratio = math.exp(statistics.fmean(math.log(of["lm+ric"] / of["lm"]) for of in domains.values()))
+            seconds = sum(of["processor_seconds"] for of in domains.values())
+            rows.append(f"| {name} | {ratio:.3f} | {seconds:.0f} |")
+    lines = "\n".join(rows)
+    return f"""Blocks read in other ways, {ways["tokens"]:,} test tokens of each restricted domain, λ tuned on \
+validation text: perplexity over that of the model alone (geometric mean), and processor seconds for all.
+
+| way | model + blocks ÷ model | seconds |
+|:---|---:|---:|
+{lines}"""
+
+
+SECTIONS = {"equal_text": equal_text, "equal_text_smollm2": equal_text}
