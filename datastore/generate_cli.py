@@ -74,11 +74,11 @@ def render(value: dict[str, Any]) -> None:
 @click.option("--model", required=True, type=PATH, help="Directory of the model.")
 @click.option("--store", type=PATH, help="The store; without one the model writes alone.")
 @click.option("--use", metavar="METHODS", help="Such as lm,knn,ngram. Default: what is weighed.")
-@click.option(
-    "--weights", metavar="FILE", help="`gate` for the store's, which is the default, or a file of --save-weights."
-)
+@click.option("--weights", metavar="FILE", help="A gate, or weights that --save-weights wrote; needed with a store.")
 @policy_options
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="So many tokens at most."
+)
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
 @click.option("--seed", default=0, show_default=True, help="Of the drawing of tokens.")
 @reports(render)
@@ -98,7 +98,7 @@ def generate(
     --allow names what may be used, and --deny what may not, by licence (SPDX, with *), owner or source; --purpose
     leaves out what its licence does not permit for it. What is left out enters no probability.
 
-    Example: silo generate --model MODEL --store STORE --deny-owner 'Ada' 'def main('
+    Example: silo generate --model MODEL --store STORE --weights gate.json --deny-owner 'Ada' 'def main('
     """
     from datastore.loading import load
     from silo.progress import progress_bar

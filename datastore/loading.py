@@ -17,9 +17,6 @@ from silo.weights import METHODS, Weighing, Weights, read_weighing
 if TYPE_CHECKING:
     from silo.in_context import InContext
 
-GATE = "gate"
-"""Stands for the gate of the store."""
-
 
 def load(
     model: str | Path | LanguageModel,
@@ -38,8 +35,8 @@ def load(
         model: a directory of ours or of any causal model of Hugging Face's.
         store: of that model; without one the model is alone.
         use: ``lm``, and of ``knn``, ``ric`` and ``ngram`` what is wanted; if absent, what is weighed.
-        weights: ``"gate"``, which is the store's and what counts if nothing is given; a JSON file or a mapping, as
-            :func:`silo.weights.read_weighing` takes them, such as ``{"knn": 0.3}``; or a weighing.
+        weights: a JSON file, of a gate or of weights, or a mapping, as :func:`silo.weights.read_weighing` takes them,
+            such as ``{"knn": 0.3}``; or a weighing.
         allow: documents that may be used, if not all: patterns of licences such as ``"CC-BY-*"``, or a mapping such as
             ``{"owners": ["Ada"], "sources": ["mail"]}``, of which a document needs one.
         deny: documents that may not, in the same way.
@@ -77,16 +74,11 @@ def choose_weighing(
 def _weighing(
     weights: str | Path | Mapping[str, Any] | Weighing | None, use: Sequence[str] | None, store: Store | None
 ) -> Weighing:
-    if weights is None or weights == GATE:
-        gate: Weighing | None = getattr(store.control, GATE, None) if store is not None else None
-        if gate is None:
-            raise UsageError(
-                f"{store.path if store else 'no store'} has no gate; give weights: a file that `silo eval gate` or "
-                '`silo eval perplexity --fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
-            )
-        if use is not None and set(gate.methods) != set(use):
-            raise UsageError(f"the store's gate weighs {', '.join(gate.methods)}; expected {', '.join(use)}")
-        return gate
+    if weights is None:
+        raise UsageError(
+            "a store without weights; give weights: a file that `silo eval gate` or `silo eval perplexity --fit FILE "
+            '--save-weights` wrote, or λ by method such as {"knn": 0.3}'
+        )
     if isinstance(weights, (str, Path, Mapping)):
         return read_weighing(weights, use, model=store.manifest.model["fingerprint"] if store is not None else None)
     return weights

@@ -125,9 +125,9 @@ def test_weights_that_do_not_fit_are_refused(model, options, wrong):
         silo.load(model, **options)
 
 
-def test_a_store_without_a_gate_asks_for_weights(store, model):
+def test_a_store_asks_for_weights(store, model):
     """A mixture is not weighed by a guess."""
-    with pytest.raises(UsageError, match="has no gate"):
+    with pytest.raises(UsageError, match="a store without weights"):
         silo.load(model, store=store)
     assert read_weighing({"knn": 0.3}).methods == ("lm", "knn")
 
@@ -202,7 +202,7 @@ def test_generate_writes_and_names_its_sources(store, model_dir, tmp_path):
     [
         (["--model", "MODEL", "--purpose", "research"], "give --store"),
         (["--model", "nowhere"], "is not a model directory"),
-        (["--model", "MODEL", "--store", "STORE"], "has no gate"),
+        (["--model", "MODEL", "--store", "STORE"], "a store without weights"),
     ],
 )
 def test_generate_fails_in_one_line(store, model_dir, options, says):

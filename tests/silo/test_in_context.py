@@ -273,11 +273,11 @@ def test_any_context_has_room(model, tokens, context, settings, monkeypatch):
     small.key_spec = replace(model.key_spec, context=context)
     read = []
 
-    def remember(inputs, keep):
+    def remember(inputs, keep, states):
         assert inputs.shape[1] <= context
         assert keep <= context // 2 + 1
         read.append((inputs[0, 1:].tolist(), keep))
-        return model.log_probabilities(inputs, keep)
+        return model.log_probabilities(inputs, keep, states)
 
     monkeypatch.setattr(small, "log_probabilities", remember)
     source = Sequence(("a", 0, [7] * 128), ("b", 0, [7] * 128))
