@@ -22,8 +22,9 @@ from datastore.control import ControlPlane
 from datastore.keys import KeyGroup
 from silo.retrieval import SourceDocument
 
-PROBES = 16
-"""Inverted lists read a query."""
+PROBES = 4
+"""Inverted lists read a query. Four of 1,024 took a third of the time of sixteen, over 4.2 million keys, and the
+mixture with the ∞-gram was worse by 0.4 %."""
 QUERIES_PER_BATCH = 1024
 SPARE = 8
 """Neighbours that are fetched beyond k, to see whether the k-th is tied with any that did not come."""
@@ -71,15 +72,14 @@ class NeighbourIndex:
             self._stack = faiss.VStackInvertedLists(self._stacked, pointers.data())  # type: ignore[attr-defined]
             self._index.replace_invlists(self._stack, False)
 
-    def search(self, keys: np.ndarray, k: int, where: np.ndarray | None = None) -> FoundNeighbours:
-        """The ``k`` nearest of the rows in the probed lists, for (n, dimension) float32 queries; none for those that
-        ``where`` (n,) bool leaves out. What a query finds does not depend on the others."""
+    def search(self, keys: np.ndarray, k: int) -> FoundNeighbours:
+        """The ``k`` nearest of the rows in the probed lists, for (n, dimension) float32 queries."""
         distances = np.full((len(keys), k), np.inf, dtype=np.float32)
         rows = np.full((len(keys), k), -1, dtype=np.int64)
-        wanted = np.arange(len(keys)) if where is None else np.flatnonzero(where)
-        for start in range(0, len(wanted), QUERIES_PER_BATCH):
-            at = wanted[start : start + QUERIES_PER_BATCH]
-            distances[at], rows[at] = self._search(np.ascontiguousarray(keys[at]), k)
+        for start in range(0, len(keys), QUERIES_PER_BATCH):
+            batch = np.ascontiguousarray(keys[start : start + QUERIES_PER_BATCH])
+            at = slice(start, start + len(batch))
+            distances[at], rows[at] = self._search(batch, k)
         return FoundNeighbours(self._groups, distances, rows)
 
     def _search(self, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

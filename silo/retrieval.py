@@ -59,8 +59,8 @@ class Block:
 class NeighbourSource(Protocol):
     """Finds keys near to a query (kNN-LM)."""
 
-    def search(self, keys: np.ndarray, k: int, where: np.ndarray | None = None) -> Neighbours:
-        """The ``k`` nearest of (n, d) float32 queries; none for those that ``where`` (n,) bool leaves out."""
+    def search(self, keys: np.ndarray, k: int) -> Neighbours:
+        """The ``k`` nearest of (n, d) float32 queries."""
         ...
 
     def document(self, index: int) -> SourceDocument:
