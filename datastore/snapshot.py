@@ -22,7 +22,7 @@ from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
-from datastore.knn import NeighbourIndex
+from datastore.knn import PROBES, NeighbourIndex
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.ngrams import NgramIndex
 from datastore.selection import Selection
@@ -112,10 +112,10 @@ class Snapshot:
         entries = [self.manifest.shards[name] for name in group.shards]
         return DocumentRows([(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries])
 
-    def neighbours(self) -> NeighbourIndex:
-        """The kNN index over all live shards, mapped from disk."""
+    def neighbours(self, *, probes: int = PROBES) -> NeighbourIndex:
+        """The kNN index over all live shards, mapped from disk, of which ``probes`` inverted lists are read a query."""
         with self._as_opened():
-            return self.select().neighbours()
+            return self.select().neighbours(probes=probes)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index over all live shards, with ``k1`` and ``b`` as :class:`datastore.bm25.BM25Searcher` says;

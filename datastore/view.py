@@ -11,7 +11,7 @@ import numpy as np
 from datastore.blocks import BlockIndex, selected_blocks
 from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
-from datastore.knn import NeighbourIndex
+from datastore.knn import PROBES, NeighbourIndex
 from datastore.ngrams import NgramIndex
 from datastore.suffixes import Suffixes
 
@@ -60,9 +60,9 @@ class View:
         pairs = zip(self._groups, self._selected, strict=True)
         return sum(len(keys.ids) if mask is None else int(mask.sum()) for (_, keys), mask in pairs)
 
-    def neighbours(self) -> NeighbourIndex:
-        """The kNN index, mapped from disk."""
-        return NeighbourIndex([keys for _, keys in self._groups], self._control, self._selected)
+    def neighbours(self, *, probes: int = PROBES) -> NeighbourIndex:
+        """The kNN index, mapped from disk, of which ``probes`` inverted lists are read a query."""
+        return NeighbourIndex([keys for _, keys in self._groups], self._control, self._selected, probes=probes)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""

@@ -20,18 +20,29 @@ class SourceDocument:
     title: str
 
 
-@dataclass(frozen=True, slots=True)
-class Neighbours:
+class Neighbours(Protocol):
     """The k nearest keys of n queries, nearest first; where fewer were found, the rest has infinite distance."""
 
-    squared_l2: np.ndarray
-    """(n, k) float32."""
-    values: np.ndarray
-    """(n, k) int64: the token that followed each key; 0 where nothing was found."""
-    documents: np.ndarray
-    """(n, k) int64: index of each key's document, for :meth:`NeighbourSource.document`; -1 where nothing was found."""
-    positions: np.ndarray
-    """(n, k) int64: where in its document each value stands."""
+    @property
+    def squared_l2(self) -> np.ndarray:
+        """(n, k) float32."""
+        ...
+
+    @property
+    def values(self) -> np.ndarray:
+        """(n, k) int64: the token that followed each key; 0 where nothing was found."""
+        ...
+
+    @property
+    def documents(self) -> np.ndarray:
+        """(n, k) int64: index of each key's document, for :meth:`NeighbourSource.document`; -1 where nothing was
+        found."""
+        ...
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(n, k) int64: where in its document each value stands; 0 where nothing was found."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from datastore.ngrams import NgramIndex
 from datastore.store import Store
 from silo.in_context import read_in_context
 from silo.mixture import NEIGHBOURS, Mixture, Parts
-from silo.retrieval import Neighbours, SourceDocument
+from silo.retrieval import SourceDocument
 from silo.weights import METHODS, Weights
 
 WEIGHTS = Weights({"lm": 0.4, "knn": 0.3, "ric": 0.2, "ngram": 0.1}, 4.0)
@@ -265,7 +266,8 @@ class Nothing:
             return [[] for _ in queries]
         shape = (len(queries), k)
         none = np.zeros(shape, dtype=np.int64)
-        return Neighbours(np.full(shape, np.inf, dtype=np.float32), none, none - 1, none)
+        found = np.full(shape, np.inf, dtype=np.float32)
+        return SimpleNamespace(squared_l2=found, values=none, documents=none - 1, positions=none)
 
     def document(self, index: int) -> SourceDocument:
         """Never asked for."""

@@ -1,0 +1,95 @@
+"""The store and the held-out text of bench_mixing.py.
+
+What a search costs does not hang on whether keys are the right ones. So with a model that would take hours to read all
+text, the keys of the first documents are used for the others too, their codes changed a little. Tokens, blocks and
+suffixes are always those of the documents themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from bench_control import read
+
+from datastore.control import ControlPlane
+from datastore.shard import Encoded, token_type
+from datastore.store import Store
+from silo.documents import Document
+from silo.files import sha256
+from silo.language_model import LanguageModel
+from silo.licensing import DEFAULT_POLICY
+
+CONTROL_KEYS = 131_072
+NOISE = 8
+"""Each coordinate of a borrowed code is moved by at most so many of its 256 steps."""
+
+
+class Corpus(NamedTuple):
+    """Documents in the order of their hashed ids."""
+
+    control: list[Document]
+    """Permissive ones that teach centroids and codes."""
+    store: list[Document]
+    """Restricted ones of the training split."""
+    fitting: list[Document]
+    """Permissive ones of the validation split that are not among the control's."""
+    held_out: list[Document]
+    """Restricted ones of the validation split."""
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_corpus(files: Sequence[Path]) -> Corpus:
+    """The documents of a corpus whose files name splits."""
+    rows = sorted((row for file in files for row in read(file)), key=lambda row: sha256(row[1].id.encode()))
+    permissive = [document for split, document in rows if split == "val" and DEFAULT_POLICY.tier(document).permissive]
+    restricted = [(split, document) for split, document in rows if not DEFAULT_POLICY.tier(document).permissive]
+    of = {wanted: [document for split, document in restricted if split == wanted] for wanted in ("train", "val")}
+    cut = len(permissive) * 3 // 4
+    return Corpus(permissive[:cut], of["train"], permissive[cut:], of["val"])
+
+
+def make_store(path: Path, lm: LanguageModel, model: Path, corpus: Corpus, tokens: int, encoded: int) -> Store:
+    """A store of the first restricted documents of so many tokens, the first of them with keys of their own."""
+    if path.exists():
+        return Store.open(path)
+    keys, held = [], 0
+    for document in corpus.control:
+        if held >= CONTROL_KEYS:
+            break
+        keys.append(lm.keys(lm.tokenize(document)[:4096]))
+        held += len(keys[-1])
+    store = Store.create(path, lm, model / "tokenizer.json", ControlPlane.fit(np.concatenate(keys), []))
+    say(f"{len(store.control.centroids)} lists of {held:,} keys")
+    store.insert(_documents(store, lm, corpus.store, tokens, encoded))
+    say(f"{store.describe()['tokens']:,} tokens, {len(store.manifest.groups)} groups")
+    return store
+
+
+def _documents(store: Store, lm: LanguageModel, documents: list[Document], tokens: int, encoded: int) -> list[Encoded]:
+    """Documents as shards hold them: encoded, and after so many tokens with others' keys."""
+    random = np.random.default_rng(0)
+    made: list[Encoded] = []
+    held, lists, codes = 0, np.zeros(0, np.int32), np.zeros((0, 0), np.uint8)
+    for document in documents:
+        if held >= tokens:
+            break
+        if held < encoded:
+            made.append(store.encode(document, lm))
+        else:
+            if not len(lists):
+                lists, codes = (np.concatenate([getattr(each, name) for each in made]) for name in ("lists", "codes"))
+                say(f"{held:,} tokens encoded")
+            ids = lm.tokenize(document).astype(token_type(lm.vocab_size))
+            rows = (held + np.arange(len(ids))) % len(lists)
+            moved = codes[rows] + random.integers(-NOISE, NOISE + 1, (len(ids), codes.shape[1]), dtype=np.int16)
+            made.append(Encoded.make(document, ids, lists[rows], moved.clip(0, 255).astype(np.uint8)))
+        held += len(made[-1].tokens)
+    return made
