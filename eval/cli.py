@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from datastore.generate_cli import policy_options
 from silo.cli import reports
 from silo.errors import UsageError
 
 if TYPE_CHECKING:
+    from datastore.policy import QueryPolicy
+    from silo.documents import Document
     from silo.gate import Gate
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
@@ -62,6 +65,7 @@ def render(value: dict[str, Any]) -> None:
     type=click.IntRange(min=1),
     help="Score a sample of so many tokens, one passage a document.",
 )
+@policy_options
 @reports(render)
 def perplexity(
     model: Path,
@@ -72,10 +76,12 @@ def perplexity(
     weights: Path | None,
     save_weights: Path | None,
     max_tokens: int | None,
+    policy: QueryPolicy,
 ) -> dict[str, Any]:
     """Perplexity of the model alone, with each method, and with all.
 
-    Weights and temperature are fitted on the documents of --fit, which must be others than those of --data.
+    Weights and temperature are fitted on the documents of --fit, which must be others than those of --data. --allow,
+    --deny and --purpose choose from the store; documents that are scored or fitted on are left out of it.
 
     Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ngram --data test.jsonl --fit val.jsonl
     """
@@ -92,7 +98,7 @@ def perplexity(
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
     lm = LanguageModel.load(model)
-    mixture, store_hash = open_mixture(lm, store, methods)
+    mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy)
     if fit_on:
         with progress_bar("fit") as progress:
             texts = measure.sample(fitted_documents, mixture, max_tokens)
@@ -112,7 +118,7 @@ def perplexity(
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
     mixtures = {name: measure.described(each, scores.evidence) for name, each in fitted.items()}
-    described = {"mixtures": mixtures, **source, "model": lm.fingerprint, "store": store_hash}
+    described = {"mixtures": mixtures, **source, "model": lm.fingerprint, **opened}
     if save_weights:
         write_json(save_weights, described)
         if store and source["restricted_text_of"]:
@@ -136,15 +142,25 @@ def require_options(methods: list[str], store: Path | None, fit_on: Path | None,
         raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
 
 
-def open_mixture(lm: LanguageModel, store: Path | None, methods: list[str]) -> tuple[Mixture, str | None]:
-    """The mixture of some methods over a store, and the store's hash."""
+def open_mixture(
+    lm: LanguageModel, store: Path | None, methods: list[str], asked: Sequence[Document], policy: QueryPolicy
+) -> tuple[Mixture, dict[str, Any]]:
+    """The mixture of some methods over a store, and what of the store it uses.
+
+    Documents that are asked about are left out, if the store has them, so that no position finds itself.
+    """
     from datastore.store import Store
     from silo.mixture import Mixture
 
     if store is None or methods == ["lm"]:
-        return Mixture(lm), None
+        return Mixture(lm), {"store": None}
     opened = Store.open(store)
-    return opened.mixture(lm, methods), opened.hash
+    hashes = {document.content_hash for document in asked}
+    present = sorted(row.id for rows in opened.rows().values() for row in rows if row.content_hash in hashes)
+    used = policy.without(present)
+    chosen = used.selections(opened)
+    mixture = opened.mixture(lm, methods, allow=chosen["allow"], deny=chosen["deny"])
+    return mixture, {"store": opened.hash, "policy": policy.to_json(), "left_out_of_store": present}
 
 
 def render_gate(value: dict[str, Any]) -> None:

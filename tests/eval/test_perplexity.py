@@ -205,6 +205,28 @@ def test_weights_come_back_from_their_file(model_dir, store, val, test, tmp_path
     assert fewer["perplexity"] == {"lm": fitted["perplexity"]["lm"]}
 
 
+def test_a_stored_document_does_not_find_itself(model_dir, make_store, documents, test, val, tmp_path):
+    """A document that is scored and in the store is left out of it: the same perplexity as if it were not there."""
+    files = ["--fit", write(tmp_path / "val.jsonl", val), "--data", write(tmp_path / "x.jsonl", documents[4:5])]
+    found = [
+        run_json("--model", model_dir, "--store", make_store(name, held).path, "--use", "lm,knn,ngram", *files)
+        for name, held in (("with", documents[:5]), ("without", documents[:4]))
+    ]
+    assert [each["left_out_of_store"] for each in found] == [[documents[4].id], []]
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+
+
+def test_a_policy_chooses_from_the_store(model_dir, make_store, documents, test, val, tmp_path):
+    """Under a policy the perplexity is that of a store of the allowed owners alone."""
+    files = ["--fit", write(tmp_path / "val.jsonl", val), "--data", write(tmp_path / "x.jsonl", test)]
+    use = ["--use", "lm,knn,ngram", *files]
+    both = make_store("both", documents[:6])
+    denied = run_json("--model", model_dir, "--store", both.path, *use, "--deny-owner", "Ada")
+    assert denied["policy"]["deny"]["owners"] == ["Ada"]
+    alone = make_store("alone", [document for document in documents[:6] if document.owner != "Ada"])
+    assert denied["perplexity"] == run_json("--model", model_dir, "--store", alone.path, *use)["perplexity"]
+
+
 def test_a_removal_names_weights_that_restricted_text_taught(model_dir, make_store, val, test, documents, tmp_path):
     """Weights fitted on restricted text say whose it was, and a later removal names their file; a gate is not named."""
     store = make_store("store", documents[:4])
