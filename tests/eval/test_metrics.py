@@ -223,3 +223,9 @@ def test_every_byte_counts_once(text: str, data: st.DataObject):
     assert before[0] == 0
     assert before[-1] == len(text.encode())
     assert before[1:-1].tolist() == [len(text[:end].encode()) for end in ends[:-1]]
+
+
+def test_characters_at_the_edges_of_utf_8():
+    """The last character of each width in UTF-8 and the first of the next one count as many bytes as they have."""
+    text = "\x7f\x80\u07ff\u0800\uffff\U00010000"
+    assert np.diff(bytes_before(text, range(1, 7))).tolist() == [1, 2, 2, 3, 3, 4]
