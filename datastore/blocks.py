@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from datastore.bm25 import K1, B, BM25Searcher, MemoryIndex
 from datastore.bm25 import Block as IndexedBlock
-from datastore.bm25 import BM25Searcher, MemoryIndex
 from datastore.keys import KeyGroup, id_hash
 from datastore.shard import Shard
-from silo.errors import IntegrityError
+from silo.errors import IntegrityError, UsageError
 from silo.retrieval import Block
 
 BLOCK_TOKENS = 128
@@ -57,9 +57,12 @@ def block_key(document_id: str, start: int) -> str:
 class BlockIndex:
     """BM25 over the blocks of some groups."""
 
-    def __init__(self, indexes: Sequence[Path | MemoryIndex], groups: Sequence[KeyGroup]) -> None:
-        """``indexes`` are those of the blocks of each of ``groups``, which have the tokens."""
-        self._searcher = BM25Searcher(indexes)
+    def __init__(
+        self, indexes: Sequence[Path | MemoryIndex], groups: Sequence[KeyGroup], *, k1: float = K1, b: float = B
+    ) -> None:
+        """``indexes`` are those of the blocks of each of ``groups``, which have the tokens; of ``k1`` and ``b`` see
+        :class:`datastore.bm25.BM25Searcher`."""
+        self._searcher = BM25Searcher(indexes, k1=k1, b=b)
         self._groups = list(groups)
         hashes = [group.ids for group in groups]
         self._hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
@@ -70,15 +73,44 @@ class BlockIndex:
             array[order] for array in (self._hashes, self._of_group, self._in_group)
         )
 
-    def search(self, queries: Sequence[str]) -> list[Block | None]:
-        """The best block for each query, or None where no block shares a word with it."""
-        return [self._block(*hits[0]) if hits else None for hits in self._searcher.search(queries, 1)]
+    def search(
+        self, queries: Sequence[str], k: int, *, tokens: int = BLOCK_TOKENS, exclude: str | None = None
+    ) -> list[list[Block]]:
+        """The ``k`` best blocks for each query, best first, equal scores by document id and start; fewer where fewer
+        share a word with the query.
 
-    def _block(self, key: str, score: float) -> Block:
+        Args:
+            queries: bags of words.
+            k: blocks a query.
+            tokens: how far a block goes from where it begins, within its document. The words that it is found by are
+                those of its first :data:`BLOCK_TOKENS`.
+            exclude: the id of a document that is passed over. Its words still count in the statistics.
+
+        Raises:
+            UsageError: ``k`` or ``tokens`` is below 1.
+        """
+        if tokens < 1:
+            raise UsageError(f"a block of {tokens} tokens, expected at least 1")
+        found = self._searcher.search(queries, k)
+        if exclude is not None:
+            found = [self._without(exclude, query, hits, k) for query, hits in zip(queries, found, strict=True)]
+        return [[self._block(*hit, tokens) for hit in hits] for hits in found]
+
+    def _without(self, document_id: str, query: str, hits: list[tuple[str, float]], k: int) -> list[tuple[str, float]]:
+        """The best hits that are not of a document, looking ever deeper while it holds the first places."""
+        depth = k
+        while True:
+            others = [hit for hit in hits if hit[0].rpartition("\x00")[0] != document_id]
+            if len(others) >= k or len(hits) < depth:
+                return others[:k]
+            depth *= 4
+            [hits] = self._searcher.search([query], depth)
+
+    def _block(self, key: str, score: float, tokens: int) -> Block:
         document_id, _, start = key.rpartition("\x00")
         group, number = self._find(document_id)
         begin = int(group.begins[number]) + int(start)
-        end = min(begin + BLOCK_TOKENS, int(group.begins[number + 1]))
+        end = min(begin + tokens, int(group.begins[number + 1]))
         source = group.document(number).described()
         return Block(source, int(start), group.tokens[begin:end].astype(np.int64), score)
 

@@ -22,6 +22,8 @@ _LUCENE = "org.apache.lucene."
 _KEY = "key"
 _TEXT = "text"
 _UNLIMITED_CLAUSES = 2**31 - 1
+K1, B = 0.9, 0.4
+"""Anserini's defaults, which SILO and In-Context RALM took over."""
 
 
 class Block(NamedTuple):
@@ -112,9 +114,12 @@ class BM25Searcher:
 
     Raises:
         StoreError: a directory holds no index that Lucene can read.
+        UsageError: ``k1`` is negative or no number, or ``b`` is not from 0 to 1.
     """
 
-    def __init__(self, indexes: Sequence[Path | MemoryIndex], *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, indexes: Sequence[Path | MemoryIndex], *, k1: float = K1, b: float = B) -> None:
+        if not (0 <= k1 < float("inf") and 0 <= b <= 1):  # nan compares false
+            raise UsageError(f"BM25 with k1 = {k1} and b = {b}; expected k1 from 0, and b from 0 to 1")
         with java_errors("cannot search with BM25"):
             self._reader = _open_readers(indexes)
             self._searcher = _lucene("search.IndexSearcher")(java_cast(f"{_LUCENE}index.IndexReader", self._reader))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -108,6 +109,22 @@ class Matches:
         lengths = np.arange(len(ends)) - starts
         counts, hits, spans = search.count(starts, lengths)
         return cls(begins, lengths, counts, hits, suffixes, spans)
+
+    @cached_property
+    def single(self) -> np.ndarray:
+        """(n,) int64: the token that comes after every occurrence of a context's suffix, or -1 if there are several."""
+        lowest = np.full(len(self.lengths), np.iinfo(np.int64).max)
+        highest = np.full(len(self.lengths), -1, dtype=np.int64)
+        for number, suffixes in enumerate(self._suffixes):
+            own = self._spans.groups == number
+            contexts, firsts, counts = (
+                of[own] for of in (self._spans.contexts, self._spans.firsts, self._spans.counts)
+            )
+            # A span is in the order of its next tokens, and a group has one span of a context at most.
+            depths = self.lengths[contexts]
+            lowest[contexts] = np.minimum(lowest[contexts], suffixes.tokens(firsts, depths))
+            highest[contexts] = np.maximum(highest[contexts], suffixes.tokens(firsts + counts - 1, depths))
+        return np.where(lowest == highest, highest, -1)
 
     def following(self, contexts: np.ndarray) -> NextTokens:
         """All tokens that come after the longest suffixes of some contexts, given by their (m,) numbers."""

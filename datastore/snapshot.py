@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from datastore import history
 from datastore import shard as shards_on_disk
 from datastore.blocks import BlockIndex
+from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
@@ -31,6 +32,11 @@ from datastore.view import View
 from silo.documents import Document
 from silo.errors import DataError, StoreError
 from silo.files import read_checked
+
+if TYPE_CHECKING:
+    from silo.in_context import InContext
+    from silo.language_model import LanguageModel
+    from silo.mixture import Mixture
 
 CHECKED_BYTES = 1 << 28
 """Search structures up to this size are read and checked when they are opened. Larger ones are mapped unread, so that a
@@ -107,10 +113,11 @@ class Snapshot:
         with self._as_opened():
             return self.select().neighbours()
 
-    def blocks(self) -> BlockIndex:
-        """The BM25 index over all live shards; starts a JVM."""
+    def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
+        """The BM25 index over all live shards, with ``k1`` and ``b`` as :class:`datastore.bm25.BM25Searcher` says;
+        starts a JVM."""
         with self._as_opened():
-            return self.select().blocks()
+            return self.select().blocks(k1=k1, b=b)
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram over all live shards, mapped from disk."""
@@ -133,6 +140,33 @@ class Snapshot:
                     for group in self.manifest.groups
                 ]
             return View(list(zip(directories, keys, strict=True)), masks, self.control, lambda: self.tokenizer)
+
+    def require_model(self, model: LanguageModel) -> None:
+        """Raise :class:`StoreError` unless the store's keys are those of this model."""
+        expected = self.manifest.model["fingerprint"]
+        if model.fingerprint != expected:
+            raise StoreError(
+                f"{self.path} holds keys of the model {expected[:12]}…, not of {model.fingerprint[:12]}…; "
+                "use that model, or make a new store for this one"
+            )
+
+    def mixture(
+        self,
+        model: LanguageModel,
+        use: Sequence[str],
+        *,
+        allow: Selection | None = None,
+        deny: Selection | None = None,
+        in_context: InContext | None = None,
+    ) -> Mixture:
+        """The model beside what some documents answer; ``use`` and the selections are as in :class:`View`.
+
+        Raises:
+            StoreError: the keys are those of another model.
+        """
+        self.require_model(model)
+        with self._as_opened():
+            return self.select(allow=allow, deny=deny).mixture(model, use, in_context)
 
     def _chooser(self, selection: Selection | None, *, otherwise: bool) -> Callable[[str], np.ndarray]:
         """A function from a shard's name to which of its documents are selected, (documents,) bool.

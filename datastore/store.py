@@ -92,15 +92,6 @@ class Store(Snapshot):
             sync_directory(path.parent)
         return cls.open(path)
 
-    def require_model(self, model: LanguageModel) -> None:
-        """Raise :class:`StoreError` unless the store's keys are those of this model."""
-        expected = self.manifest.model["fingerprint"]
-        if model.fingerprint != expected:
-            raise StoreError(
-                f"{self.path} holds keys of the model {expected[:12]}…, not of {model.fingerprint[:12]}…; "
-                "use that model, or make a new store for this one"
-            )
-
     def add(
         self,
         documents: Iterable[Document],

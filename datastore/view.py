@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datastore.blocks import BlockIndex, selected_blocks
+from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
 from datastore.knn import NeighbourIndex
 from datastore.ngrams import NgramIndex
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from datastore.control import ControlPlane
+    from silo.in_context import InContext
+    from silo.language_model import LanguageModel
+    from silo.mixture import Mixture
 
 
 class View:
@@ -60,14 +64,32 @@ class View:
         """The kNN index, mapped from disk."""
         return NeighbourIndex([keys for _, keys in self._groups], self._control, self._selected)
 
-    def blocks(self) -> BlockIndex:
-        """The BM25 index; starts a JVM."""
+    def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
+        """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
         indexes = [
             directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer())
             for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
         ]
-        return BlockIndex(indexes, [keys for _, keys in self._groups])
+        return BlockIndex(indexes, [keys for _, keys in self._groups], k1=k1, b=b)
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram, mapped from disk."""
         return NgramIndex([Suffixes.open(keys, path / "suffixes") for path, keys in self._groups], self._selected)
+
+    def mixture(self, model: LanguageModel, use: Sequence[str], in_context: InContext | None = None) -> Mixture:
+        """A model beside what these documents answer.
+
+        Args:
+            model: the one whose keys the store holds.
+            use: ``lm``, and of ``knn``, ``ric`` and ``ngram`` what is wanted; a JVM starts for ``ric`` only.
+            in_context: how blocks are looked up and read.
+        """
+        from silo.mixture import Mixture
+
+        return Mixture(
+            model,
+            neighbours=self.neighbours() if "knn" in use else None,
+            blocks=self.blocks() if "ric" in use else None,
+            ngrams=self.ngrams() if "ngram" in use else None,
+            in_context=in_context,
+        )

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from eval.perplexity import Text
-from silo.mixture import Mixture, Share, Weights
+from silo.mixture import Mixture, Share
+from silo.weights import Weights
 
 CONTEXT_TOKENS = 24
 """Tokens of context that are shown before an explained one."""

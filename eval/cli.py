@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from silo.cli import reports
 from silo.errors import UsageError
 
 if TYPE_CHECKING:
+    from silo.gate import Gate
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
+    from silo.weights import Weights
 
-METHODS = ("lm", "knn", "ric")
+METHODS = ("lm", "knn", "ric", "ngram")
 MODEL_ALONE = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
 
 
@@ -30,7 +33,7 @@ def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) ->
     methods = value.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
-        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn and ric, such as lm,knn")
+        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn, ric and ngram, such as lm,knn")
     return methods
 
 
@@ -48,11 +51,11 @@ def render(value: dict[str, Any]) -> None:
 
 @evaluate.command()
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
-@click.option("--store", type=click.Path(path_type=Path), help="The store, for knn and ric.")
-@click.option("--use", "methods", default="lm", callback=parse_methods, help="Methods, such as lm,knn,ric. Default lm.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store, for knn, ric and ngram.")
+@click.option("--use", "methods", default="lm", callback=parse_methods, help="Such as lm,knn,ngram. Default lm.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON Lines to report on.")
 @click.option("--fit", "fit_on", type=click.Path(path_type=Path), help="JSON Lines to fit weights on; other documents.")
-@click.option("--weights", type=click.Path(path_type=Path), help="File of weights that --save-weights wrote.")
+@click.option("--weights", type=click.Path(path_type=Path), help="A gate, or weights that --save-weights wrote.")
 @click.option("--save-weights", type=click.Path(path_type=Path), help="Write the fitted weights to this file.")
 @click.option(
     "--max-tokens",
@@ -74,7 +77,7 @@ def perplexity(
 
     Weights and temperature are fitted on the documents of --fit, which must be others than those of --data.
 
-    Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ric --data test.jsonl --fit val.jsonl
+    Example: silo eval perplexity --model MODEL --store STORE --use lm,knn,ngram --data test.jsonl --fit val.jsonl
     """
     from eval import perplexity as measure
     from silo.documents import read_documents
@@ -91,16 +94,19 @@ def perplexity(
     if fit_on:
         with progress_bar("fit") as progress:
             texts = measure.sample(fitted_documents, mixture, max_tokens)
-            fitted = measure.fit_combinations(measure.score(mixture, texts, progress=progress), methods)
+            fitted: Mapping[str, Weights | Gate] = measure.fit_combinations(
+                measure.score(mixture, texts, progress=progress), methods
+            )
         source: dict[str, Any] = {"fitted_on": measure.data_hash(texts)}
     else:
         value: dict[str, Any] = read_json(weights) if weights else MODEL_ALONE
-        fitted = measure.weights_from_json(value, methods, where=str(weights))
-        source = {"fitted_on": value.get("fitted_on")}
+        fitted = measure.weighings_from_json(value, methods, lm, where=str(weights))
+        source = {"fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on")}
     texts = measure.sample(documents, mixture, max_tokens)
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
-    described = measure.weights_to_json(fitted, {**source, "model": lm.fingerprint, "store": store_hash})
+    mixtures = {name: measure.described(each, scores.evidence) for name, each in fitted.items()}
+    described = {"mixtures": mixtures, **source, "model": lm.fingerprint, "store": store_hash}
     if save_weights:
         write_json(save_weights, described)
     return {
@@ -130,6 +136,65 @@ def open_mixture(lm: LanguageModel, store: Path | None, methods: list[str]) -> t
     if store is None or methods == ["lm"]:
         return Mixture(lm), None
     opened = Store.open(store)
-    opened.require_model(lm)
-    neighbours = opened.neighbours() if "knn" in methods else None
-    return Mixture(lm, neighbours=neighbours, blocks=opened.blocks() if "ric" in methods else None), opened.hash
+    return opened.mixture(lm, methods), opened.hash
+
+
+def render_gate(value: dict[str, Any]) -> None:
+    """Say what was learnt, and where it is."""
+    gained = value["nats_gained"]
+    click.echo(
+        f"{value['gate']}: learnt from {value['asked_tokens']:,} tokens beside a store of {value['store_tokens']:,}; "
+        f"better than the model alone by {gained['held_out']:.3f} nats a token of held-out text"
+    )
+
+
+@evaluate.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
+@click.option("--store", required=True, type=click.Path(path_type=Path), help="The store that the gate is for.")
+@click.option("--use", "methods", default="lm,knn,ngram", callback=parse_methods, show_default=True, help="Methods.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Write the gate to this file.")
+@click.option("--store-tokens", default=400_000, show_default=True, help="Tokens of the rehearsal's store.")
+@click.option("--asked-tokens", default=60_000, show_default=True, help="Tokens to learn from, and to judge by.")
+@reports(render_gate)
+def gate(
+    files: tuple[Path, ...],
+    model: Path,
+    store: Path,
+    methods: list[str],
+    out: Path,
+    store_tokens: int,
+    asked_tokens: int,
+) -> dict[str, Any]:
+    """Learn, from permissive FILES, how far to trust a store at each token.
+
+    The text must be under permissive licences, of several owners, and not have taught the model: it plays the part of
+    a store's text. The gate weighs the methods of --use by what they found, for all owners alike.
+
+    Example: silo eval gate permissive/control.jsonl --model MODEL --store STORE --out gate.json
+    """
+    from datastore.control import read_trained_on
+    from datastore.store import Store
+    from eval.rehearsal import rehearse
+    from silo.documents import read_documents
+    from silo.files import write_json
+    from silo.language_model import LanguageModel
+    from silo.licensing import DEFAULT_POLICY
+    from silo.progress import progress_bar
+
+    documents = [document for file in files for document in read_documents(file)]
+    lm = LanguageModel.load(model)
+    with progress_bar("rehearse") as progress:
+        learnt, source = rehearse(
+            lm,
+            Store.open(store),
+            documents,
+            methods,
+            policy=DEFAULT_POLICY,
+            trained_on=read_trained_on(model),
+            store_tokens=store_tokens,
+            asked_tokens=asked_tokens,
+            progress=progress,
+        )
+    write_json(out, {**learnt.to_json(), "provenance": source})
+    return {"gate": str(out), **{name: value for name, value in source.items() if name != "teachers"}}

@@ -25,7 +25,8 @@ from eval.perplexity import (
 )
 from silo.documents import Document
 from silo.files import canonical_json, sha256
-from silo.mixture import Mixture, Weights
+from silo.mixture import Mixture
+from silo.weights import Weights
 
 Progress = Callable[[int, int], None]
 
@@ -111,7 +112,4 @@ def to_json(before: Result, after: Result, *, removed: bool) -> dict[str, Any]:
 
 def weights_json(weights: dict[str, Weights]) -> dict[str, Any]:
     """Weights of each mixture, as JSON."""
-    return {
-        name: {"weights": dict(one.by_method), "temperature": one.temperature if "knn" in one.by_method else None}
-        for name, one in weights.items()
-    }
+    return {name: one.to_json() for name, one in weights.items()}

@@ -8,8 +8,8 @@ refused.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,17 @@ import torch
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json, sha256
-from silo.mixing import fit_weights, interpolate, perplexity
-from silo.mixture import Mixture, Weights
+from silo.gate import Gate, Lessons
+from silo.language_model import LanguageModel
+from silo.mixing import fit_weights, interpolate, neighbour_weights, perplexity
+from silo.mixture import Mixture
+from silo.readings import Evidence, Temperature
+from silo.weights import Weighing, Weights
 
 TEMPERATURES = tuple(2.0**power for power in range(-5, 7))
 """τ is chosen among these, on validation text."""
+CLASS_TOKENS = 200
+"""Weights are fitted for a class of suffixes apart if so many tokens of validation text are in it."""
 PASSAGE_TOKENS = 384
 """A sample takes at most this many tokens of one document, all of them in a row."""
 
@@ -41,23 +47,47 @@ class Text:
 
 @dataclass(frozen=True)
 class Scores:
-    """What each method gives to each token of some texts."""
+    """What each method gives to each token of some texts; tensors of shape (n,) float64, one text after the other."""
 
-    lm: torch.Tensor
-    """(n,) float64 probabilities."""
-    ric: torch.Tensor | None
-    knn: dict[float, torch.Tensor]
-    """By temperature; empty without a neighbour source."""
+    given: dict[str, torch.Tensor]
+    """The token's probability by ``lm``, and by ``ric`` and ``ngram`` where they were used."""
+    distances: torch.Tensor | None
+    """(n, k) float32 squared distances of the neighbours."""
+    hits: torch.Tensor | None
+    """(n, k) bool: which neighbours are followed by the token."""
+    evidence: Evidence
+    """What was known before the token was."""
+    lengths: list[int]
+    """Tokens of each text."""
 
-    def parts(self, methods: Sequence[str], temperature: float) -> dict[str, torch.Tensor]:
+    def __len__(self) -> int:
+        return len(self.given["lm"])
+
+    @property
+    def lm(self) -> torch.Tensor:
+        """(n,) float64 probabilities by the model alone."""
+        return self.given["lm"]
+
+    @property
+    def lessons(self) -> Lessons:
+        """The same, as a gate learns from it."""
+        return Lessons(self.evidence, self.given, self.distances, self.hits)
+
+    def knn(self, temperature: Temperature) -> torch.Tensor:
+        """(n,) float64 probabilities by the neighbours; the model's where there are none."""
+        if self.distances is None or self.hits is None:
+            raise UsageError("these texts were scored without neighbours; use knn")
+        given = (neighbour_weights(self.distances, temperature) * self.hits).sum(dim=1)
+        return torch.where(torch.isfinite(self.distances[:, 0]), given, self.lm)
+
+    def parts(self, methods: Sequence[str], temperature: Temperature) -> dict[str, torch.Tensor]:
         """The probabilities of some methods, in the order of ``methods``."""
-        every = {"lm": self.lm, "ric": self.ric, "knn": self.knn.get(temperature)}
-        return {name: every[name] for name in methods}  # type: ignore[misc]
+        return {name: self.knn(temperature) if name == "knn" else self.given[name] for name in methods}
 
-    def log_probabilities(self, weights: Weights) -> torch.Tensor:
+    def log_probabilities(self, weighing: Weighing) -> torch.Tensor:
         """log p of each token under a mixture, (n,) float64."""
-        parts = self.parts(list(weights.by_method), weights.temperature)
-        return interpolate(parts, weights.by_method).clamp_min(1e-300).log()
+        parts = self.parts(weighing.methods, weighing.temperatures(self.evidence))
+        return interpolate(parts, weighing.weigh(self.evidence)).clamp_min(1e-300).log()
 
 
 def sample(documents: Iterable[Document], mixture: Mixture, budget: int | None) -> list[Text]:
@@ -83,39 +113,58 @@ def sample(documents: Iterable[Document], mixture: Mixture, budget: int | None) 
 
 def score(mixture: Mixture, texts: Sequence[Text], *, progress: Progress | None = None) -> Scores:
     """Score every token of some texts by every method of a mixture."""
-    lm, ric = [], []
-    knn: dict[float, list[torch.Tensor]] = {temperature: [] for temperature in TEMPERATURES}
-    for done, text in enumerate(texts, start=1):
-        for parts in mixture.parts(text.tokens):
-            targets = torch.from_numpy(text.tokens[parts.begin : parts.end].astype(np.int64))
-            for temperature in TEMPERATURES if parts.neighbours is not None else TEMPERATURES[:1]:
-                given = parts.probabilities(targets, temperature)
-                if "knn" in given:
-                    knn[temperature].append(given["knn"])
-            lm.append(given["lm"])
-            if "ric" in given:
-                ric.append(given["ric"])
-        if progress:
-            progress(done, len(texts))
+    given: dict[str, list[torch.Tensor]] = {}
+    evidence: dict[str, list[torch.Tensor]] = {}
+    distances, hits = [], []
+    for number, parts in mixture.read([text.tokens for text in texts]):
+        tokens = torch.from_numpy(texts[number].tokens[parts.begin : parts.end].astype(np.int64))
+        for name, value in replace(parts, knn=None).probabilities(tokens, 1.0).items():
+            given.setdefault(name, []).append(value)
+        for name, value in parts.evidence().items():
+            evidence.setdefault(name, []).append(value)
+        if parts.knn is not None:
+            distances.append(torch.from_numpy(parts.knn.neighbours.squared_l2))
+            hits.append(torch.from_numpy(parts.knn.neighbours.values) == tokens.unsqueeze(1))
+        if progress and parts.end == len(texts[number].tokens):
+            progress(number + 1, len(texts))
     return Scores(
-        torch.cat(lm),
-        torch.cat(ric) if ric else None,
-        {temperature: torch.cat(parts) for temperature, parts in knn.items() if parts},
+        {name: torch.cat(values) for name, values in given.items()},
+        torch.cat(distances) if distances else None,
+        torch.cat(hits) if hits else None,
+        {name: torch.cat(values) for name, values in evidence.items()},
+        [len(text.tokens) for text in texts],
     )
 
 
 def fit(scores: Scores, methods: Sequence[str]) -> Weights:
-    """The weights and the temperature that give validation text the highest probability."""
+    """The weights and the temperature that give validation text the highest probability.
+
+    With an ∞-gram the weights are fitted for each class of its suffix apart, as far as there are tokens enough: what
+    followed eight known words is worth more than what followed one (Liu 2024 tells sparse from dense).
+    """
     if list(methods) == ["lm"]:
-        return Weights({"lm": 1.0}, TEMPERATURES[0])
+        return Weights({"lm": 1.0})
     best: tuple[float, Weights] | None = None
-    for temperature in scores.knn if "knn" in methods else TEMPERATURES[:1]:
+    for temperature in TEMPERATURES if "knn" in methods else (1.0,):
         parts = scores.parts(methods, temperature)
-        weights = Weights(dict(zip(methods, fit_weights(list(parts.values())), strict=True)), temperature)
-        value = scores.log_probabilities(weights).sum().item()
+        by_method = dict(zip(methods, fit_weights(list(parts.values())), strict=True))
+        by_suffix = _fit_by_suffix(scores.evidence["ngram_class"], parts) if "ngram" in methods else None
+        weights = Weights(by_method, temperature, by_suffix)
+        value = interpolate(parts, weights.weigh(scores.evidence)).clamp_min(1e-300).log().sum().item()
         if best is None or value > best[0]:
             best = value, weights
     return best[1]  # type: ignore[index]
+
+
+def _fit_by_suffix(classes: torch.Tensor, parts: dict[str, torch.Tensor]) -> dict[int, dict[str, float]]:
+    """Weights for each class of suffix that has tokens enough."""
+    found = {}
+    for number in classes.unique().long().tolist():
+        own = classes == number
+        if int(own.sum()) >= CLASS_TOKENS:
+            fitted = fit_weights([part[own] for part in parts.values()])
+            found[number] = dict(zip(parts, fitted, strict=True))
+    return found
 
 
 def combinations(methods: Sequence[str]) -> dict[str, list[str]]:
@@ -133,7 +182,7 @@ def fit_combinations(scores: Scores, methods: Sequence[str]) -> dict[str, Weight
     return {name: fit(scores, members) for name, members in combinations(methods).items()}
 
 
-def perplexities(scores: Scores, weights: dict[str, Weights]) -> dict[str, float]:
+def perplexities(scores: Scores, weights: Mapping[str, Weighing]) -> dict[str, float]:
     """Perplexity of each reported mixture."""
     return {name: perplexity(scores.log_probabilities(of_mixture)) for name, of_mixture in weights.items()}
 
@@ -149,14 +198,14 @@ def require_disjoint(data: Iterable[Document], fitted_on: Iterable[Document]) ->
             )
 
 
-def distributions(mixture: Mixture, texts: Sequence[Text], weights: Weights) -> Iterator[torch.Tensor]:
+def distributions(mixture: Mixture, texts: Sequence[Text], weights: Weighing) -> Iterator[torch.Tensor]:
     """The whole next-token distribution at every position of some texts, in pieces (n, vocabulary) float64."""
     for text in texts:
         for parts in mixture.parts(text.tokens):
             yield parts.distribution(weights)
 
 
-def distribution_digest(mixture: Mixture, texts: Sequence[Text], weights: Weights) -> str:
+def distribution_digest(mixture: Mixture, texts: Sequence[Text], weights: Weighing) -> str:
     """SHA-256 over every bit of every distribution: equal digests mean equal answers at every position."""
     digest = hashlib.sha256()
     for piece in distributions(mixture, texts, weights):
@@ -164,34 +213,44 @@ def distribution_digest(mixture: Mixture, texts: Sequence[Text], weights: Weight
     return digest.hexdigest()
 
 
-def weights_to_json(weights: dict[str, Weights], provenance: dict[str, Any]) -> dict[str, Any]:
-    """What a file of fitted weights holds; ``provenance`` says on what they were fitted."""
-    mixtures = {
-        name: {"weights": dict(of_mixture.by_method), "temperature": of_mixture.temperature}
-        for name, of_mixture in weights.items()
-    }
-    return {"mixtures": mixtures, **provenance}
+def weighings_from_json(
+    value: Any, methods: Sequence[str], model: LanguageModel, *, where: str
+) -> Mapping[str, Weights | Gate]:
+    """Read a file of weights, or a gate, for ``methods``. Raises :class:`UsageError` if it does not fit."""
+    if not (isinstance(value, dict) and value.get("kind") == "gate"):
+        return weights_from_json(value, methods, where=where)
+    gate = Gate.from_json(value, where=where)
+    made_for = value.get("provenance", {}).get("model")
+    if made_for != model.fingerprint:
+        raise UsageError(f"{where} was made for the model {made_for}, not {model.fingerprint}; make one for this model")
+    if not set(gate.methods) <= set(methods):
+        raise UsageError(f"{where} weighs {', '.join(gate.methods)}; give --use {','.join(gate.methods)}")
+    return {"lm": Weights({"lm": 1.0}), "gate": gate}
+
+
+def described(weighing: Weights | Gate, evidence: Evidence) -> dict[str, Any]:
+    """Weights as JSON; of a gate, the means of what it gave to some positions."""
+    if isinstance(weighing, Weights):
+        return weighing.to_json()
+    weights = {name: float(torch.as_tensor(each).mean()) for name, each in weighing.weigh(evidence).items()}
+    return {"weights": weights, "temperature": float(torch.as_tensor(weighing.temperatures(evidence)).mean())}
 
 
 def weights_from_json(value: Any, methods: Sequence[str], *, where: str) -> dict[str, Weights]:
     """Read weights back for the mixtures of ``methods``. Raises :class:`UsageError` if one is missing or broken."""
-    try:
-        found = {
-            name: Weights({method: float(entry["weights"][method]) for method in members}, float(entry["temperature"]))
-            for name, members in combinations(methods).items()
-            for entry in [value["mixtures"][name]]
-        }
-    except (KeyError, TypeError, ValueError):
-        raise UsageError(
-            f"{where} holds no weights for {', '.join(combinations(methods))}; make it with --fit and --save-weights"
-        ) from None
-    for name, one in found.items():
-        values = list(one.by_method.values())
-        # Written so that a nan, which compares false with all, is refused too.
-        if not (min(values) >= 0 and abs(sum(values) - 1) <= 1e-9 and one.temperature > 0):
+    found = {}
+    for name, members in combinations(methods).items():
+        try:
+            entry = value["mixtures"][name]
+        except (KeyError, TypeError):
             raise UsageError(
-                f"{where}: mixture {name!r} has weights {dict(one.by_method)} and temperature {one.temperature}; "
-                "expected weights from 0 that sum to 1, and a temperature above 0"
+                f"{where} holds no weights for {', '.join(combinations(methods))}; make it with --fit and "
+                "--save-weights"
+            ) from None
+        found[name] = Weights.from_json(entry, where=f"{where}: mixture {name!r}")
+        if set(found[name].methods) != set(members):
+            raise UsageError(
+                f"{where}: mixture {name!r} weighs {', '.join(found[name].methods)}; expected {', '.join(members)}"
             )
     return found
 

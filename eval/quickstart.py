@@ -41,6 +41,7 @@ from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 from silo.mixture import Mixture
 from silo.progress import progress_bar
+from silo.weights import METHODS
 
 PLAN = Path(__file__).with_name("quickstart.yaml")
 PERMISSIVE = "permissive text"
@@ -170,8 +171,8 @@ def build_store(run: Run, model: LanguageModel, path: Path, documents: list[Docu
 
 
 def open_mixture(model: LanguageModel, store: Store) -> Mixture:
-    """The model beside both sources of a store."""
-    return Mixture(model, neighbours=store.neighbours(), blocks=store.blocks())
+    """The model beside all that the store can answer with."""
+    return store.mixture(model, METHODS)
 
 
 def summarize_audit(run: Run) -> dict[str, Any]:

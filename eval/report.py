@@ -234,7 +234,11 @@ def _fitted(report: dict[str, Any]) -> Html:
     def rows(key: str) -> list[list[str]]:
         fitted = [(each["owner"], each[key][name]) for each in report["owners"] if name in each.get(key, {})]
         return [
-            [owner, *(number(one["weights"].get(method), 3) for method in used), number(one["temperature"])]
+            [
+                owner,
+                *(number(one["weights"].get(method), 3) for method in used),
+                number(one["temperature"] if "knn" in one["weights"] else None),
+            ]
             for owner, one in fitted
         ]
 

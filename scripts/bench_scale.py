@@ -142,7 +142,7 @@ def search(store: Path, queries: Path) -> dict[str, Any]:
     texts = [opened.tokenizer.decode(tokens[at : at + 32].tolist()) for at in range(0, len(tokens) - 32, 8)]
     what = {
         "neighbours": (lambda: neighbours.search(keys, NEIGHBOURS), len(keys)),
-        "blocks": (lambda: blocks.search(texts), len(texts)),
+        "blocks": (lambda: blocks.search(texts, 1), len(texts)),
         "ngrams": (lambda: ngrams.match([tokens]), len(tokens)),
     }
     rates = {}

@@ -206,7 +206,7 @@ def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], 
     seconds: dict[str, list[float]] = {str(n): [] for n in opened}
     for _ in range(rounds + 1):
         for n, index in opened.items():
-            seconds[str(n)].append(timed(lambda index=index: index.search(texts)))  # type: ignore[misc]
+            seconds[str(n)].append(timed(lambda index=index: index.search(texts, 1)))  # type: ignore[misc]
     return rates(seconds, "1", len(texts))
 
 

@@ -45,8 +45,8 @@ from silo.documents import Document
 from silo.files import canonical_json, sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
-from silo.mixture import Weights
 from silo.sources import open_source
+from silo.weights import Weights
 
 KINDS = ("document", "owner", "source", "license", "shard", "duplicates")
 """How what is to go is named."""
@@ -123,8 +123,9 @@ class Proof:
         named = [[neighbours.document(each).id if each >= 0 else "" for each in row] for row in found.documents]
         arrays = [each.tobytes().hex() for each in (found.squared_l2, found.values, found.positions)]
         blocks = [
-            each and [each.document.id, each.start, each.tokens.tolist(), each.score.hex()]
-            for each in store.blocks().search(self.queries)
+            [each.document.id, each.start, each.tokens.tolist(), each.score.hex()]
+            for hits in store.blocks().search(self.queries, 4)
+            for each in hits
         ]
         ngrams = store.ngrams()
         texts = [self.lm.tokenize(text.document)[:256].astype(np.int64) for text in self.texts]

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_model
 import render_store
 from recording import provenance
 
@@ -33,7 +34,8 @@ def read_records() -> dict[str, dict[str, Any]]:
 
 def results(records: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
-    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput, **render_store.SECTIONS}
+    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
+    sections |= render_store.SECTIONS | render_model.SECTIONS
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
         "`scripts/results`.\n"

@@ -73,7 +73,7 @@ def control(record: dict[str, Any]) -> str:
         for (codes, lists), pair in by_code.items()
         for ours, theirs in [(pair["permissive"], pair["the store's own"])]
     )
-    return f"""## The control plane: which codes lose how much
+    return f"""## The control plane: which codes lose how much, for keys of {record["model"]["name"]}
 
 {result["keys"]:,} keys of {result["dimension"]} coordinates of restricted text, by {record["model"]["name"]}; \
 centroids and codes fitted on {result["fitted_on"]:,} keys of permissive text that the weights did not see, or of the \
@@ -241,4 +241,12 @@ token.
 """
 
 
-SECTIONS = {"store": store, "ngram": ngram, "control": control, "removal": removal, "torture": torture, "scale": scale}
+SECTIONS = {
+    "store": store,
+    "ngram": ngram,
+    "control": control,
+    "control_smollm2": control,
+    "removal": removal,
+    "torture": torture,
+    "scale": scale,
+}

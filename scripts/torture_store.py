@@ -20,6 +20,7 @@ Prints one JSON document: machine, command, commit, seed, data hash, result. Exi
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -97,7 +98,8 @@ class Patient:
         """One hash over what a store answers."""
         found = store.neighbours().search(self.asked, 16)
         arrays = [each.tobytes().hex() for each in (found.squared_l2, found.values, found.positions)]
-        blocks = [each and [each.document.id, each.start, each.score] for each in store.blocks().search(self.queries)]
+        hits = store.blocks().search(self.queries, 1)
+        blocks = [[each.document.id, each.start, each.score] for each in itertools.chain.from_iterable(hits)]
         return sha256(canonical_json([store.hash, arrays, blocks]))
 
     def renew(self) -> None:

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from silo.documents import Document
     from silo.errors import SiloError
     from silo.language_model import LanguageModel
-    from silo.mixture import Mixture, Weights
+    from silo.mixture import Mixture
     from silo.modeling import SiloConfig, SiloForCausalLM
+    from silo.weights import Weights
 
 __all__ = ["Document", "LanguageModel", "Mixture", "SiloConfig", "SiloError", "SiloForCausalLM", "Weights"]
 
@@ -22,7 +23,7 @@ _HOMES = {
     "SiloConfig": "silo.modeling",
     "SiloError": "silo.errors",
     "SiloForCausalLM": "silo.modeling",
-    "Weights": "silo.mixture",
+    "Weights": "silo.weights",
 }
 
 

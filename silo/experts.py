@@ -43,9 +43,9 @@ class DenseFFN(nn.Module):
 class Experts(nn.Module):
     """Several SwiGLU networks; the rows of each are two grouped matrix products over a contiguous run."""
 
-    def __init__(self, config: SiloConfig) -> None:
+    def __init__(self, config: SiloConfig, intermediate_size: int) -> None:
         super().__init__()
-        shape = (config.num_experts, config.hidden_size, config.intermediate_size)
+        shape = (config.num_experts, config.hidden_size, intermediate_size)
         self.gate_proj = nn.Parameter(torch.empty(shape))
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape).transpose(1, 2).contiguous())
@@ -98,7 +98,7 @@ class MoeFFN(Experts):
     """
 
     def __init__(self, config: SiloConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, config.moe_intermediate_size or config.intermediate_size)
         self.config = config
         self.experts_per_token = config.num_experts_per_tok
         self.router = Linear(config.hidden_size, config.num_experts)
@@ -197,6 +197,9 @@ class AveragedFFN(Experts):
     towards their mean (:func:`share_experts`). In evaluation the layer is one SwiGLU of the mean weights, which
     :func:`silo.surgery.averaged` turns into a dense layer.
     """
+
+    def __init__(self, config: SiloConfig) -> None:
+        super().__init__(config, config.intermediate_size)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing | None]:
         """Map (batch, time, hidden) to the same shape, and in training say which experts were drawn."""

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 
-def neighbour_weights(squared_l2: torch.Tensor, temperature: float) -> torch.Tensor:
+def neighbour_weights(squared_l2: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """Weight of each neighbour, softmax(-d² / τ) over the neighbours of one query (kNN-LM, equation 2).
 
     Args:
         squared_l2: (n, k) squared distances, infinite where there is no neighbour.
-        temperature: τ, in units of squared distance.
+        temperature: τ, in units of squared distance; one for all queries, or (n, 1).
 
     Returns:
         (n, k) float64 that sums to 1 a row; a row without any neighbour is all zero.
@@ -37,22 +37,29 @@ def neighbour_probability(weights: torch.Tensor, values: torch.Tensor, targets: 
     return (weights * (values == targets.unsqueeze(1))).sum(dim=1)
 
 
-def interpolate(parts: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+def interpolate(parts: Mapping[str, torch.Tensor], weights: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
     """Σ_s λ_s p_s in the order of ``parts``, so that equal parts give equal bits.
 
     Args:
-        parts: probabilities by method, all of one shape.
-        weights: λ by method, summing to 1.
+        parts: probabilities by method, all of one shape: (n,) or (n, vocabulary).
+        weights: λ by method, summing to 1; one for all positions, or (n,).
 
     Raises:
         ValueError: a weight is missing, or they do not sum to 1.
     """
-    if set(parts) != set(weights) or abs(sum(weights.values()) - 1.0) > 1e-9:
-        raise ValueError(f"weights {dict(weights)} do not fit the methods {list(parts)}; they must sum to 1")
-    total = torch.zeros(())
+    total = torch.as_tensor(sum(weights.values()))
+    if set(parts) != set(weights) or ((total - 1.0).abs() > 1e-9).any():
+        raise ValueError(
+            f"weights of {list(weights)} that sum to {total.min():g} to {total.max():g} do not fit the methods "
+            f"{list(parts)}; they must sum to 1"
+        )
+    mixed = torch.zeros(())
     for name, part in parts.items():
-        total = total + weights[name] * part
-    return total
+        weight = weights[name]
+        if isinstance(weight, torch.Tensor) and part.dim() == 2:
+            weight = weight.unsqueeze(1)
+        mixed = mixed + weight * part
+    return mixed
 
 
 def fit_weights(parts: Sequence[torch.Tensor], *, tolerance: float = 1e-9, max_sweeps: int = 100) -> list[float]:

@@ -1,37 +1,28 @@
-"""The mixture p(w | c) = Σ_s λ_s p_s(w | c) of a language model and what a datastore gives it, position by position.
+"""The mixture p(w | c) = Σ_s λ_s(c) p_s(w | c) of a language model and what a datastore gives it, position by position.
 
-Nothing here knows how neighbours or blocks are found: a datastore hands in sources (:mod:`silo.retrieval`).
+Nothing here knows how neighbours, blocks or n-grams are found: a datastore hands in sources (:mod:`silo.retrieval`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from silo.in_context import BlockReading, InContext, read_in_context
 from silo.language_model import LanguageModel
-from silo.mixing import interpolate, neighbour_distribution, neighbour_probability, neighbour_weights
-from silo.retrieval import Block, BlockSource, Neighbours, NeighbourSource, SourceDocument
+from silo.mixing import interpolate
+from silo.readings import Evidence, ModelReading, NeighbourReading, NgramReading, Temperature
+from silo.retrieval import BlockSource, NeighbourSource, NgramMatches, NgramSource, SourceDocument
+from silo.weights import Weighing
 
 NEIGHBOURS = 256
 """k of kNN-LM."""
-QUERY_TOKENS = 64
-"""A block is looked up by this many tokens before the position."""
-RIC_STRIDE = 64
-"""Positions that share one block (In-Context RALM's retrieval stride, Ram 2023, has 4 with a larger model)."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How a mixture is weighed."""
-
-    by_method: Mapping[str, float]
-    """λ of ``lm``, ``knn`` and ``ric``, as far as they are used, summing to 1."""
-    temperature: float
-    """τ of kNN-LM, in units of squared distance."""
+MATCHED_TOKENS = 1 << 16
+"""Documents of so many tokens together are matched in one pass of the ∞-gram."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +31,66 @@ class Parts:
 
     begin: int
     end: int
-    lm: torch.Tensor
-    """(n, vocabulary) float32 log-probabilities."""
-    neighbours: Neighbours | None
-    ric: torch.Tensor | None
-    """As ``lm``, with a block before the context; equal to ``lm`` where no block was found."""
-    blocks: list[Block | None]
-    """The block behind each position, (n,)."""
+    lm: ModelReading
+    knn: NeighbourReading | None = None
+    ric: BlockReading | None = None
+    ngram: NgramReading | None = None
 
-    def probabilities(self, targets: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
-        """What each method gives to one token a position: targets (n,) → method → (n,) float64."""
-        column = targets.unsqueeze(1)
-        out = {"lm": self.lm.gather(1, column).squeeze(1).double().exp()}
-        if self.neighbours is not None:
-            weights = neighbour_weights(torch.from_numpy(self.neighbours.squared_l2), temperature)
-            knn = neighbour_probability(weights, torch.from_numpy(self.neighbours.values), targets)
-            out["knn"] = torch.where(weights.sum(dim=1) > 0, knn, out["lm"])
+    def evidence(self) -> Evidence:
+        """What all methods know of themselves, (n,) float64 by name."""
+        found = self.lm.evidence()
+        if self.knn is not None:
+            found.update(self.knn.evidence(self.lm))
         if self.ric is not None:
-            out["ric"] = self.ric.gather(1, column).squeeze(1).double().exp()
-        return out
+            found["ric_found"] = torch.from_numpy(self.ric.found).double()
+            found.update({f"ric_{name}": torch.from_numpy(of) for name, of in self.ric.evidence().items()})
+        if self.ngram is not None:
+            found.update(self.ngram.evidence(self.lm))
+        return found
 
-    def distribution(self, weights: Weights) -> torch.Tensor:
+    def probabilities(self, tokens: torch.Tensor, temperature: Temperature) -> dict[str, torch.Tensor]:
+        """What each method gives to one token a position: (n,) int64 → method → (n,) float64.
+
+        Where a method found nothing it says what the model says.
+        """
+        lm = self.lm.probability(tokens)
+        return self._mapped(
+            lm,
+            lambda knn: knn.probability(tokens, temperature),
+            lambda ric: ric.probability(tokens),
+            lambda ngram: ngram.probability(tokens),
+        )
+
+    def distribution(self, weighing: Weighing) -> torch.Tensor:
         """The whole mixture at each position, (n, vocabulary) float64."""
-        lm = self.lm.double().exp()
-        out = {"lm": lm}
-        if self.neighbours is not None:
-            of_neighbour = neighbour_weights(torch.from_numpy(self.neighbours.squared_l2), weights.temperature)
-            values = torch.from_numpy(self.neighbours.values)
-            found = of_neighbour.sum(dim=1, keepdim=True) > 0
-            out["knn"] = torch.where(found, neighbour_distribution(of_neighbour, values, lm.shape[1]), lm)
-        if self.ric is not None:
-            out["ric"] = self.ric.double().exp()
-        return interpolate({name: out[name] for name in weights.by_method}, weights.by_method)
+        evidence = self.evidence()
+        lm = self.lm.distribution()
+        temperature, vocab_size = weighing.temperatures(evidence), lm.shape[1]
+        given = self._mapped(
+            lm,
+            lambda knn: knn.distribution(temperature, vocab_size),
+            lambda ric: ric.distribution(),
+            lambda ngram: ngram.distribution(vocab_size),
+            weighing.methods,
+        )
+        return interpolate({name: given[name] for name in weighing.methods}, weighing.weigh(evidence))
+
+    def _mapped(
+        self,
+        lm: torch.Tensor,
+        knn: Callable[[NeighbourReading], torch.Tensor],
+        ric: Callable[[BlockReading], torch.Tensor],
+        ngram: Callable[[NgramReading], torch.Tensor],
+        methods: Sequence[str] = ("knn", "ric", "ngram"),
+    ) -> dict[str, torch.Tensor]:
+        """A function of each method's reading, and the model's where a method found nothing."""
+        given = {"lm": lm}
+        for name, reading, function in (("knn", self.knn, knn), ("ric", self.ric, ric), ("ngram", self.ngram, ngram)):
+            if reading is not None and name in methods:
+                found = torch.as_tensor(reading.found)
+                value = function(reading)  # type: ignore[arg-type]
+                given[name] = torch.where(found.unsqueeze(1) if value.dim() == 2 else found, value, lm)
+        return given
 
 
 @dataclass(frozen=True)
@@ -92,88 +111,82 @@ class Mixture:
         *,
         neighbours: NeighbourSource | None = None,
         blocks: BlockSource | None = None,
+        ngrams: NgramSource | None = None,
+        in_context: InContext | None = None,
     ) -> None:
         self.model = model
         self.neighbours = neighbours
         self.blocks = blocks
+        self.ngrams = ngrams
+        self.in_context = in_context or InContext()
 
     @property
     def methods(self) -> list[str]:
-        """``lm``, and ``knn`` and ``ric`` if their sources are there."""
-        return ["lm", *(["knn"] if self.neighbours is not None else []), *(["ric"] if self.blocks is not None else [])]
+        """``lm``, and ``knn``, ``ric`` and ``ngram`` if their sources are there."""
+        sources = {"knn": self.neighbours, "ric": self.blocks, "ngram": self.ngrams}
+        return ["lm", *(name for name, source in sources.items() if source is not None)]
 
     def parts(self, tokens: np.ndarray) -> Iterator[Parts]:
         """Read one document (n,), in order, each position once."""
+        for _, parts in self.read([tokens]):
+            yield parts
+
+    def read(self, documents: Sequence[np.ndarray]) -> Iterator[tuple[int, Parts]]:
+        """Read documents of (n,) tokens in order, each position once; with the number of the document.
+
+        The ∞-gram matches many documents in one pass, which is faster than one by one and gives the same.
+        """
+        start = 0
+        while start < len(documents):
+            stop, size = start, 0
+            while stop < len(documents) and (stop == start or size + len(documents[stop]) <= MATCHED_TOKENS):
+                size += len(documents[stop])
+                stop += 1
+            matches = self.ngrams.match(documents[start:stop]) if self.ngrams is not None else None
+            for number in range(start, stop):
+                first = int(matches.begins[number - start]) if matches is not None else 0
+                for parts in self._parts(documents[number], matches, first):
+                    yield number, parts
+            start = stop
+
+    def _parts(self, tokens: np.ndarray, matches: NgramMatches | None, first: int) -> Iterator[Parts]:
+        """Read one document, whose contexts begin with number ``first`` of the matches."""
         begin = 0
-        for keys, lm in self.model.score(tokens):
-            end = begin + len(lm)
-            neighbours = self.neighbours.search(keys, NEIGHBOURS) if self.neighbours is not None else None
-            ric: torch.Tensor | None = None
-            blocks: list[Block | None] = [None] * len(lm)
+        for keys, logits in self.model.logits(tokens):
+            end = begin + len(logits)
+            knn, ric, ngram = None, None, None
+            if self.neighbours is not None:
+                knn = NeighbourReading(self.neighbours.search(keys, NEIGHBOURS), self.neighbours)
             if self.blocks is not None:
-                ric, blocks = self._read_with_blocks(tokens, begin, lm)
-            yield Parts(begin, end, lm, neighbours, ric, blocks)
+                ric = read_in_context(self.model, self.blocks, tokens, begin, end, self.in_context)
+            if matches is not None and self.ngrams is not None:
+                own = torch.from_numpy(tokens[begin:end].astype(np.int64))
+                ngram = NgramReading(matches, self.ngrams, np.arange(first + begin, first + end), own)
+            yield Parts(begin, end, ModelReading.of(logits), knn, ric, ngram)
             begin = end
 
-    def _read_with_blocks(
-        self, tokens: np.ndarray, begin: int, lm: torch.Tensor
-    ) -> tuple[torch.Tensor, list[Block | None]]:
-        """Retrieve in context: look up a block every :data:`RIC_STRIDE` positions and read on with it in front."""
-        context = self.model.key_spec.context
-        stride = min(RIC_STRIDE, context - context // 2)  # A short context has no room for more beside a block.
-        starts = range(begin, begin + len(lm), stride)
-        segments = [(start, min(start + stride, begin + len(lm))) for start in starts]
-        found = self.blocks.search([self._query(tokens, start) for start, _ in segments])  # type: ignore[union-attr]
-        ric = lm.clone()
-        batches: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        inputs = self.model.inputs(tokens)
-        for (start, end), block in zip(segments, found, strict=True):
-            if block is not None:
-                sequence = self._with_block(inputs, block, end)
-                batches[len(sequence), end - start].append((start - begin, sequence))
-        for (_, keep), batch in batches.items():
-            scores = self.model.log_probabilities(torch.stack([sequence for _, sequence in batch]), keep)
-            for (at, _), score in zip(batch, scores, strict=True):
-                ric[at : at + keep] = score
-        return ric, [block for (start, end), block in zip(segments, found, strict=True) for _ in range(start, end)]
-
-    def _query(self, tokens: np.ndarray, start: int) -> str:
-        return str(self.model.tokenizer.decode(tokens[max(0, start - QUERY_TOKENS) : start].tolist()))
-
-    def _with_block(self, inputs: torch.Tensor, block: Block, end: int) -> torch.Tensor:
-        """Start token, block (at most half of the model's context), then as much of the text as there is room for."""
-        context = self.model.key_spec.context
-        head = torch.cat(
-            [torch.tensor([self.model.start_token]), torch.from_numpy(block.tokens[: max(0, context // 2 - 1)])]
-        )
-        return torch.cat([head, inputs[max(0, end - context + len(head)) : end]])
-
-    def attribute(self, parts: Parts, index: int, token: int, weights: Weights) -> list[Share]:
+    def attribute(self, parts: Parts, index: int, token: int, weighing: Weighing) -> list[Share]:
         """Split p(token) at one position exactly into the model's share and one a document and method, largest first.
 
-        The shares sum to the mixture's probability; where a source found nothing, its weight is the model's.
+        The shares sum to the mixture's probability; where a method found nothing, its weight is the model's.
         """
-        targets = torch.full((parts.end - parts.begin,), token)
-        given = {name: p[index].item() for name, p in parts.probabilities(targets, weights.temperature).items()}
-        shares: dict[tuple[str, SourceDocument | None], float] = defaultdict(float)
-        for method, weight in weights.by_method.items():
-            block = parts.blocks[index]
-            if method == "knn" and parts.neighbours is not None and (parts.neighbours.documents[index] >= 0).any():
-                for document, part in neighbour_shares(parts.neighbours, index, token, weights.temperature).items():
-                    shares["knn", self.neighbours.document(document)] += weight * part  # type: ignore[union-attr]
-            elif method == "ric" and block is not None:
-                shares["ric", block.document] += weight * given["ric"]
-            else:
-                shares["lm", None] += weight * given[method]
-        ordered = sorted(shares.items(), key=lambda item: -item[1])
-        return [Share(probability, method, document) for (method, document), probability in ordered]
+        return attribute(parts, index, token, weighing, parts.evidence())
 
 
-def neighbour_shares(neighbours: Neighbours, index: int, token: int, temperature: float) -> dict[int, float]:
-    """What each document's neighbours give to one token at one position, by the document's index."""
-    weights = neighbour_weights(torch.from_numpy(neighbours.squared_l2[index : index + 1]), temperature)[0].tolist()
-    shares: dict[int, float] = defaultdict(float)
-    for weight, value, document in zip(weights, neighbours.values[index], neighbours.documents[index], strict=True):
-        if value == token and document >= 0:
-            shares[int(document)] += weight
-    return shares
+def attribute(parts: Parts, index: int, token: int, weighing: Weighing, evidence: Evidence) -> list[Share]:
+    """As :meth:`Mixture.attribute`, with the parts' evidence."""
+    lm = parts.lm.probability(torch.full((len(parts.lm),), token))[index].item()
+    temperature = weighing.temperatures(evidence)
+    tau = float(temperature[index]) if isinstance(temperature, torch.Tensor) else temperature
+    shares: dict[tuple[str, SourceDocument | None], float] = defaultdict(float)
+    for method, given in weighing.weigh(evidence).items():
+        weight = float(given[index]) if isinstance(given, torch.Tensor) else given
+        reading = {"knn": parts.knn, "ric": parts.ric, "ngram": parts.ngram}.get(method)
+        if reading is None or not bool(reading.found[index]):
+            shares["lm", None] += weight * lm
+            continue
+        found = reading.shares(index, token, tau) if method == "knn" else reading.shares(index, token)  # type: ignore
+        for part, document in found:
+            shares[method, document] += weight * part
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return [Share(probability, method, document) for (method, document), probability in ordered]

@@ -35,9 +35,10 @@ class SiloConfig(PreTrainedConfig):
     """Shape of a model; field names follow transformers.
 
     ``ffn`` is one kind for all layers or one a layer: ``dense``, ``moe`` (``num_experts``, of which ``router`` takes
-    ``num_experts_per_tok``), ``peer`` (``peer_num_experts`` neurons, of which each of ``peer_heads`` takes
-    ``peer_experts_per_head``), ``pkm`` (the same of values without a neuron) or ``averaged`` (``num_experts`` experts
-    in training, which each step moves by ``share_rate`` towards the mean of the others; their mean afterwards).
+    ``num_experts_per_tok``, each ``moe_intermediate_size`` wide, or as wide as a dense layer if that is None), ``peer``
+    (``peer_num_experts`` neurons, of which each of ``peer_heads`` takes ``peer_experts_per_head``), ``pkm`` (the same
+    of values without a neuron) or ``averaged`` (``num_experts`` experts in training, which each step moves by
+    ``share_rate`` towards the mean of the others; their mean afterwards).
 
     ``key_dim`` is the width of a product key, ``query_batch_norm`` norms its queries, ``shared_keys`` lets heads share
     it, ``peer_siblings`` is what growing leaves behind; of ``sparse_gradients`` see :mod:`silo.rows`. The
@@ -53,6 +54,7 @@ class SiloConfig(PreTrainedConfig):
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
     intermediate_size: int = 512
+    moe_intermediate_size: int | None = None
     ffn: str | list[str] = "moe"
     num_experts: int = 8
     num_experts_per_tok: int = 2
@@ -88,6 +90,8 @@ class SiloConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; expected a whole number, at least 1")
+        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
+            raise UsageError(f"moe_intermediate_size is {self.moe_intermediate_size}; expected at least 1, or none")
         kinds = self.ffn if isinstance(self.ffn, list) else [self.ffn] * self.num_hidden_layers
         if len(kinds) != self.num_hidden_layers or not set(kinds) <= set(FFN_KINDS):
             raise UsageError(

@@ -60,8 +60,13 @@ class NeighbourSource(Protocol):
 class BlockSource(Protocol):
     """Finds blocks of text that share rare words with a query (retrieve-in-context)."""
 
-    def search(self, queries: Sequence[str]) -> list[Block | None]:
-        """The best block for each query, or None where no block shares a word with it."""
+    def search(
+        self, queries: Sequence[str], k: int, *, tokens: int = ..., exclude: str | None = None
+    ) -> list[list[Block]]:
+        """The ``k`` best blocks for each query, best first; fewer where fewer share a word with it.
+
+        A block goes ``tokens`` tokens far, where its document does; blocks of the document ``exclude`` are passed over.
+        """
         ...
 
 
@@ -114,6 +119,11 @@ class NgramMatches(Protocol):
     @property
     def hits(self) -> np.ndarray:
         """(n,) int64: how often the token after it is the one that the sequence goes on with; 0 at its end."""
+        ...
+
+    @property
+    def single(self) -> np.ndarray:
+        """(n,) int64: the token that comes after every occurrence of the suffix, or -1 if there are several."""
         ...
 
     def following(self, contexts: np.ndarray) -> NextTokens:

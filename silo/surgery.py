@@ -77,6 +77,11 @@ def upcycle(
     shape = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
     if _layers(old, "moe", "averaged") and any(getattr(old, name) != value for name, value in shape.items()):
         raise UsageError(f"the model has layers of {old.num_experts} experts already; expected the same for new ones")
+    if old.moe_intermediate_size not in (None, old.intermediate_size):
+        raise UsageError(
+            f"moe_intermediate_size is {old.moe_intermediate_size}; expected {old.intermediate_size}, the width of the "
+            "dense layers that become experts"
+        )
     weights = model.state_dict()
     for layer in layers:
         prefix = f"model.layers.{layer}.mlp."

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from silo.files import check_digest, read_sealed, sha256_file
 from silo.language_model import LanguageModel, fingerprint
 from silo.licensing import Policy
 from silo.modeling import SiloForCausalLM
+from silo.surgery import grow
 from training.tokens import wrap_tokenizer
 
 
@@ -83,6 +85,21 @@ class Origin:
                 "tokens at most; lower sequence_length"
             )
         return cls(found, card, teachers, model, wrap_tokenizer(Tokenizer.from_file(str(path / "tokenizer.json"))))
+
+    def grown(self, experts: int) -> Origin:
+        """The same with so many experts in its PEER layers, and the same function.
+
+        Raises:
+            UsageError: it has no PEER layer, or the number is not 4, 9, 16, … times its own.
+        """
+        had = self.model.config.peer_num_experts
+        factor = isqrt(experts // had)
+        if factor < 2 or factor**2 * had != experts:
+            raise UsageError(
+                f"model.peer_num_experts is {experts}, and the model of init has {had}; expected 4, 9, 16 or another "
+                f"square times as many, such as {4 * had}"
+            )
+        return replace(self, model=grow(self.model, factor))
 
     def summary(self) -> dict[str, Any]:
         """What is kept of it beside the new weights."""

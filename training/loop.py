@@ -16,14 +16,18 @@ from training.checkpoint import Checkpoints
 from training.continued import Origin, by_license
 from training.model_directory import Lesson, save
 from training.plan import Plan
-from training.recipe import Recipe
+from training.recipe import GROWS, Recipe
 from training.reweighting import SEQUENCES, reweighted
 from training.run import Run
 from training.shape import model_config, outline
 from training.tokens import Tokens, open_tokens
 
 
-def train(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    note: Callable[[str], None] = lambda line: None,
+    watch: Callable[[Run], None] = lambda run: None,
+) -> dict[str, Any]:
     """Train tokenizer and model, and write both with the list of the documents that taught them.
 
     Under ``accelerate launch`` every process trains, and the main one writes. A run that was killed goes on from its
@@ -32,6 +36,8 @@ def train(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> di
     Args:
         recipe: what to train.
         note: is told, line by line, what a person should know while it goes on.
+        watch: is called after each step, before its checkpoint; it may measure, and must leave weights and random
+            state as they are. After a kill it sees the steps since the last checkpoint again.
 
     Returns:
         Summary with the loss in nats a token, tokens, steps and documents by licence.
@@ -54,7 +60,7 @@ def train(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> di
     checkpoints = Checkpoints(recipe.output, identity(recipe, policy, origin, tokens, accelerator), accelerator)
     with checkpoints.held():
         run = Run(recipe, accelerator, model, plan, tokens)
-        optimize(run, checkpoints, note)
+        optimize(run, checkpoints, note, watch)
         lesson = Lesson(tokens, plan.mixture.used(), origin)
         summary = summarize(run, lesson, parameters)
         weights = run.weights()
@@ -82,6 +88,8 @@ def open_inputs(recipe: Recipe) -> tuple[Policy, Origin | None, Tokens]:
     if recipe.init is None:
         return policy, None, open_tokens(recipe.corpus, policy, recipe.vocab_size)
     origin = Origin.open(recipe.init, policy, recipe.sequence_length)
+    if GROWS in recipe.model:
+        origin = origin.grown(recipe.model[GROWS])
     return policy, origin, open_tokens(recipe.corpus, policy, recipe.vocab_size, tokenizer=origin.tokenizer)
 
 
@@ -141,7 +149,7 @@ def summarize(run: Run, lesson: Lesson, parameters: int) -> dict[str, Any]:
     return summary
 
 
-def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
+def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None], watch: Callable[[Run], None]) -> None:
     """Train by a plan, from the latest checkpoint if there is one; the model's weights change in place."""
     recipe, plan = run.recipe, run.plan
     found = checkpoints.restore(run.model, run.optimizer, note)
@@ -159,5 +167,6 @@ def optimize(run: Run, checkpoints: Checkpoints, note: Callable[[str], None]) ->
             progress(plan.step, plan.steps)
             if recipe.validate_every and plan.step % recipe.validate_every == 0 and recipe.trackers:
                 run.log_validation()
+            watch(run)
             if recipe.checkpoint_every and plan.step % recipe.checkpoint_every == 0 and plan.step < plan.steps:
                 checkpoints.save(plan.state(), run.model, run.optimizer, run.losses)

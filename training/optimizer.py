@@ -9,6 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from silo.errors import UsageError
+from silo.product_keys import PeerFFN, PkmFFN
 from silo.rows import coalesced
 
 ROWS_AT_ONCE = 512
@@ -131,9 +132,20 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     return norm
 
 
-def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> RowAdamW:
-    """The optimizer of a run, each group with its peak as ``initial_lr``."""
-    optimizer = RowAdamW(parameter_groups(model.parameters(), weight_decay), lr=learning_rate)
+def make_optimizer(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, expert_learning_rate: float | None = None
+) -> RowAdamW:
+    """The optimizer of a run, each group with its peak as ``initial_lr``. Experts and values that are retrieved by keys
+    may have a peak of their own; they stand last."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PeerFFN | PkmFFN)]
+    experts = [each.weight for layer in layers for each in layer.children() if isinstance(each, torch.nn.Embedding)]
+    if expert_learning_rate is None or not experts:
+        groups = parameter_groups(model.parameters(), weight_decay)
+    else:
+        apart = {id(expert) for expert in experts}
+        groups = parameter_groups((each for each in model.parameters() if id(each) not in apart), weight_decay)
+        groups.append({"params": experts, "weight_decay": weight_decay, "lr": expert_learning_rate})
+    optimizer = RowAdamW(groups, lr=learning_rate)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

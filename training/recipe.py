@@ -15,6 +15,7 @@ LIMITS = {
     "batch_size": (1, math.inf),
     "micro_batch_size": (1, math.inf),
     "learning_rate": (0, math.inf),
+    "expert_learning_rate": (0, math.inf),
     "warmup_fraction": (0, 1),
     "decay_fraction": (0, 1),
     "weight_decay": (0, math.inf),
@@ -35,6 +36,8 @@ CHOICES = {
 """The values that a setting may have."""
 WATCHED_ONLY = ("output", "trackers", "log_every", "validate_every", "checkpoint_every")
 """Settings that do not change the weights: a run may be resumed with others."""
+GROWS = "peer_num_experts"
+"""The one field of a model to begin with that may be changed."""
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -52,7 +55,9 @@ class Recipe:
     """A model directory of ours to begin with, in place of random weights. Its tokenizer is kept, its teachers stay
     listed, and the learning rate rises anew (re-warming, Gupta 2023)."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of SiloConfig; vocabulary size and special tokens come from the tokenizer. Not with ``init``."""
+    """Fields of SiloConfig; vocabulary size and special tokens come from the tokenizer. With ``init`` only
+    ``peer_num_experts``, which grows its PEER layers: 4, 9, 16, … times the experts, and the function of before until
+    the first step (:func:`silo.surgery.grow`)."""
     vocab_size: int = 4096
     """Entries of the byte-level BPE vocabulary, which is trained on the same documents. With ``init``, its own."""
     sequence_length: int = 256
@@ -64,6 +69,9 @@ class Recipe:
     None: a process's whole share of the step."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
+    expert_learning_rate: float | None = None
+    """Peak for PEER's experts and the values of product-key memories, each of which learns in few of the steps only.
+    None: as all else."""
     schedule: str = "cosine"
     """``cosine``, or ``wsd`` for warm-up, a stable plateau and a decay."""
     warmup_fraction: float = 0.05
@@ -111,8 +119,12 @@ class Recipe:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; expected one of {expected}")
         self._check_sizes()
         self._check_domains()
-        if self.init is not None and self.model:
-            raise UsageError("init and model are both set; a model to begin with has its own shape: choose one")
+        if self.init is not None and not set(self.model) <= {GROWS}:
+            kept = ", ".join(f"model.{name}" for name in sorted(set(self.model) - {GROWS}))
+            raise UsageError(
+                f"init and {kept} are both set; a model to begin with has its own shape: leave one out. Only "
+                f"model.{GROWS} may be set, to grow it"
+            )
         if self.output.exists():
             raise UsageError(f"{self.output} exists already; choose another output or remove it")
 

@@ -46,7 +46,7 @@ class Run:
         self._micro_batch, self._passes = recipe.micro_batches(accelerator.num_processes)
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._tied = every - {name for name, _ in model.named_parameters()}
-        optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
+        optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay, recipe.expert_learning_rate)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
         layers = map(model.config.ffn_of, range(model.config.num_hidden_layers))

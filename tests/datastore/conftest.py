@@ -37,7 +37,7 @@ def answers(model, documents):
     The questions are real text, some of it in the store and some not.
     """
     from eval.perplexity import Text, distribution_digest
-    from silo.mixture import Mixture, Weights
+    from silo.weights import METHODS, Weights
 
     texts = [Text(document, model.tokenize(document)[:96]) for document in documents[::3]]
     keys = np.concatenate([model.keys(text.tokens) for text in texts])
@@ -50,21 +50,22 @@ def answers(model, documents):
         contexts = np.arange(len(matches.lengths))
         following = matches.following(contexts)
         origins = matches.origins(np.repeat(contexts, np.diff(following.begins)), following.tokens)
-        mixture = Mixture(model, neighbours=neighbours, blocks=blocks)
+        mixture = store.mixture(model, METHODS)
+        weights = Weights({"lm": 0.4, "knn": 0.25, "ric": 0.15, "ngram": 0.2}, 8.0)
         return {
             "hash": store.hash,
             "rows": {name: [row.id for row in rows] for name, rows in store.rows().items()},
             "neighbours": [array.tolist() for array in (found.squared_l2, found.values, found.positions)],
             "cited": [[neighbours.document(at).id if at >= 0 else None for at in row] for row in found.documents],
             "blocks": [
-                (block.document.id, block.start, block.tokens.tolist(), block.score) if block else None
-                for block in blocks.search(queries)
+                [(block.document.id, block.start, block.tokens.tolist(), block.score) for block in hits]
+                for hits in blocks.search(queries, 3)
             ],
             "ngrams": [array.tolist() for array in (matches.lengths, matches.counts, matches.hits)],
             "following": [array.tolist() for array in (following.begins, following.tokens, following.counts)],
             "origins": [origins.begins.tolist(), origins.counts.tolist()],
             "traced": [ngrams.document(at).id for at in origins.documents],
-            "distributions": distribution_digest(mixture, texts, Weights({"lm": 0.5, "knn": 0.25, "ric": 0.25}, 8.0)),
+            "distributions": distribution_digest(mixture, texts, weights),
         }
 
     return ask

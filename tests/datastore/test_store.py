@@ -84,7 +84,7 @@ def test_document_of_an_owner_with_a_new_shard_is_found_by_bm25(make_store, mixe
     for document in (mixed[1], mixed[0], mixed[2]):
         store.add([document], model)
         words = model.tokenizer.decode(model.tokenize(document)[600:660])
-        (block,) = store.blocks().search([words])
+        ((block,),) = store.blocks().search([words], 1)
         assert block.document.id == document.id
 
 
@@ -373,16 +373,16 @@ def test_empty_store_answers_with_the_model_alone(make_store, answers, model, do
     """A store without documents finds nothing, and its mixture is the model's own distribution."""
     import torch
 
-    from silo.mixture import Mixture, Weights
+    from silo.weights import METHODS, Weights
 
     store = make_store("empty")
     said = answers(store)
     assert set(itertools.chain(*said["cited"])) == {None}
-    assert set(said["blocks"]) == {None}
-    mixture = Mixture(model, neighbours=store.neighbours(), blocks=store.blocks())
+    assert not any(said["blocks"])
+    mixture = store.mixture(model, METHODS)
     for parts in mixture.parts(model.tokenize(documents[0])[:50]):
-        distribution = parts.distribution(Weights({"lm": 0.5, "knn": 0.25, "ric": 0.25}, 8.0))
-        torch.testing.assert_close(distribution, parts.lm.double().exp())
+        distribution = parts.distribution(Weights({"lm": 0.4, "knn": 0.25, "ric": 0.15, "ngram": 0.2}, 8.0))
+        torch.testing.assert_close(distribution, parts.lm.distribution())
     store.verify()
 
 

@@ -83,7 +83,14 @@ def everything(index, *sequences):
     asked = np.repeat(contexts, np.diff(following.begins))
     origins = found.origins(asked, following.tokens)
     cited = [index.document(at).id for at in origins.documents]
-    arrays = (found.begins, found.lengths, found.counts, found.hits, *(getattr(following, n) for n in SPLIT))
+    arrays = (
+        found.begins,
+        found.lengths,
+        found.counts,
+        found.hits,
+        found.single,
+        *(getattr(following, n) for n in SPLIT),
+    )
     return [array.tolist() for array in (*arrays, origins.begins, origins.counts)], cited
 
 
@@ -92,7 +99,7 @@ SPLIT = ("begins", "tokens", "counts")
 
 def expected(texts, *sequences):
     """The same, by hand."""
-    begins, lengths, counts, hits = [0], [], [], []
+    begins, lengths, counts, hits, single = [0], [], [], [], []
     split, tokens, token_counts = [0], [], []
     of_token, document_counts, cited = [0], [], []
     for sequence in sequences:
@@ -101,7 +108,9 @@ def expected(texts, *sequences):
             lengths.append(length)
             counts.append(found.total())
             hits.append(sum(c for (token, _), c in found.items() if at < len(sequence) and token == sequence[at]))
-            for token in sorted({token for token, _ in found}):
+            after = sorted({token for token, _ in found})
+            single.append(after[0] if len(after) == 1 else -1)
+            for token in after:
                 names = sorted((str(n) for t, n in found if t == token), key=id_hash)
                 tokens.append(token)
                 token_counts.append(sum(c for (t, _), c in found.items() if t == token))
@@ -110,13 +119,13 @@ def expected(texts, *sequences):
                 of_token.append(len(cited))
             split.append(len(tokens))
         begins.append(len(lengths))
-    return [begins, lengths, counts, hits, split, tokens, token_counts, of_token, document_counts], cited
+    return [begins, lengths, counts, hits, single, split, tokens, token_counts, of_token, document_counts], cited
 
 
 @given(corpora, queries, st.integers(1, 3), st.sampled_from([np.uint16, np.uint32]))
 @settings(deadline=None, max_examples=150)
 def test_equals_counting_by_hand(texts, sequences, groups, dtype):
-    """Lengths, counts, hits, distributions and documents are those that counting by hand gives, in any grouping."""
+    """Lengths, counts, hits, what alone follows, distributions, documents are what counting by hand gives."""
     assert everything(index_of(texts, groups, dtype), *sequences) == expected(texts, *sequences)
 
 
@@ -200,7 +209,7 @@ def test_long_documents_that_come_twice():
 
 def test_nothing_to_match_and_nothing_to_match_with():
     """No sequences give no contexts, and an index of no documents counts nothing."""
-    assert everything(index_of([[1, 2]])) == ([[0], [], [], [], [0], [], [], [0], []], [])
+    assert everything(index_of([[1, 2]])) == ([[0], [], [], [], [], [0], [], [], [0], []], [])
     for index in (NgramIndex([]), index_of([[1, 2]]).select([np.asarray([False])])):
         found = match(index, [1, 2])
         assert [found.lengths.tolist(), found.counts.tolist(), found.hits.tolist()] == [[0, 0, 0]] * 3

@@ -53,8 +53,8 @@ def ask(source, model, documents):
         "neighbours": [array.tolist() for array in (found.squared_l2, found.values, found.positions)],
         "cited": [[neighbours.document(at).id if at >= 0 else None for at in row] for row in found.documents],
         "blocks": [
-            (block.document.id, block.start, block.tokens.tolist(), block.score) if block else None
-            for block in blocks.search(queries)
+            [(block.document.id, block.start, block.tokens.tolist(), block.score) for block in hits]
+            for hits in blocks.search(queries, 3)
         ],
         "ngrams": [array.tolist() for array in (matches.lengths, matches.counts, matches.hits)],
         "origins": sorted(

@@ -17,9 +17,8 @@ from silo.cli import main
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json
-from silo.mixture import Mixture, Weights
-
-METHODS = ["lm", "knn", "ric"]
+from silo.mixture import Mixture
+from silo.weights import METHODS, Weights
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def store(model, model_dir, control, documents, tmp_path_factory) -> Store:
 
 @pytest.fixture(scope="module")
 def mixture(model, store) -> Mixture:
-    return Mixture(model, neighbours=store.neighbours(), blocks=store.blocks())
+    return store.mixture(model, METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -97,28 +96,47 @@ def test_perplexity_is_that_of_a_slow_loop(model, model_dir, documents, tmp_path
 def test_every_method_scores_every_token_once(mixture, val, val_scores):
     """Each method has one probability for each token of the texts, between 0 and 1, at each temperature."""
     tokens = sum(len(mixture.model.tokenize(document)) for document in val)
-    assert set(val_scores.knn) == set(measure.TEMPERATURES)
-    for scores in (val_scores.lm, val_scores.ric, *val_scores.knn.values()):
+    of_neighbours = [val_scores.knn(temperature) for temperature in measure.TEMPERATURES]
+    for scores in (*(val_scores.given[method] for method in ("lm", "ric", "ngram")), *of_neighbours):
         assert scores.shape == (tokens,)
         assert scores.dtype == torch.float64
         assert scores.min() >= 0
         assert scores.max() <= 1 + 1e-6
+    assert {each.shape for each in val_scores.evidence.values()} == {(tokens,)}
+    assert sum(val_scores.lengths) == tokens
 
 
 def test_scores_do_not_depend_on_company(mixture, val):
-    """A text has the same bits of probability alone and among others, whatever their order."""
+    """A text has the same bits of probability and evidence alone and among others, whatever their order."""
     texts = measure.sample(val, mixture, None)
     together = measure.score(mixture, texts)
     alone = [measure.score(mixture, [text]) for text in texts]
-    assert torch.equal(torch.cat([scores.lm for scores in alone]), together.lm)
-    assert torch.equal(torch.cat([scores.ric for scores in alone]), together.ric)
+    for method in ("lm", "ric", "ngram"):
+        assert torch.equal(torch.cat([scores.given[method] for scores in alone]), together.given[method])
+    for name, value in together.evidence.items():
+        assert torch.equal(torch.cat([scores.evidence[name] for scores in alone]), value)
     temperature = measure.TEMPERATURES[3]
-    assert torch.equal(torch.cat([scores.knn[temperature] for scores in alone]), together.knn[temperature])
+    assert torch.equal(torch.cat([scores.knn(temperature) for scores in alone]), together.knn(temperature))
+
+
+def test_weights_by_suffix_are_no_worse_than_one_for_all(val_scores):
+    """λ fitted for each class of suffix apart gives the text that it is fitted on at least as high a probability."""
+    fitted = measure.fit(val_scores, ["lm", "ngram"])
+    assert len(fitted.by_suffix) > 1
+    value = val_scores.log_probabilities(fitted).mean()
+    assert value > val_scores.log_probabilities(replace(fitted, by_suffix=None)).mean()
+    for number, weights in fitted.by_suffix.items():
+        own = val_scores.evidence["ngram_class"] == number
+        assert own.sum() >= measure.CLASS_TOKENS
+        parts = [val_scores.given[method][own] for method in ("lm", "ngram")]
+        for share in np.linspace(0, 1, 21):
+            grid = ((1 - share) * parts[0] + share * parts[1]).log().mean()
+            assert (weights["lm"] * parts[0] + weights["ngram"] * parts[1]).log().mean() >= grid - 1e-9
 
 
 def test_fitted_weights_beat_a_grid(val_scores):
     """On the text that they are fitted on, no grid point of weights and temperature has a lower perplexity."""
-    for members in measure.combinations(METHODS).values():
+    for members in measure.combinations(["lm", "knn", "ric"]).values():
         fitted = measure.fit(val_scores, members)
         assert list(fitted.by_method) == members
         assert sum(fitted.by_method.values()) == pytest.approx(1, abs=1e-9)
@@ -136,7 +154,7 @@ def test_fitted_weights_beat_a_grid(val_scores):
 def test_more_methods_are_never_worse_where_they_were_fitted(val_scores):
     """On validation text, all methods together are at least as good as any fewer, and those as the model alone."""
     found = measure.perplexities(val_scores, measure.fit_combinations(val_scores, METHODS))
-    assert list(found) == ["lm", "lm+knn", "lm+ric", "all"]
+    assert list(found) == ["lm", "lm+knn", "lm+ric", "lm+ngram", "all"]
     assert found["all"] <= min(found["lm+knn"], found["lm+ric"]) * (1 + 1e-9)
     assert max(found["lm+knn"], found["lm+ric"]) <= found["lm"] * (1 + 1e-9)
     assert found["lm+knn"] < found["lm"]
@@ -193,7 +211,7 @@ def test_weights_as_json_and_back():
         "lm": Weights({"lm": 1.0}, 1.0),
         "lm+knn": Weights({"lm": 1 / 3, "knn": 2 / 3}, 0.5),
     }
-    written = json.loads(canonical_json(measure.weights_to_json(weights, {"fitted_on": "x"})))
+    written = json.loads(canonical_json({"mixtures": {name: each.to_json() for name, each in weights.items()}}))
     assert measure.weights_from_json(written, ["lm", "knn"], where="x") == weights
 
 
@@ -223,7 +241,8 @@ def test_weights_as_json_and_back():
 def test_a_file_without_the_weights_is_wrong_use(value):
     """Weights that lack a mixture, a method, a temperature or sense are a UsageError that says how to make them."""
     with pytest.raises(
-        UsageError, match=r"w\.json holds no weights for lm, lm\+knn; make it with --fit and --save-weights"
+        UsageError,
+        match=r"w\.json(: mixture .*)? (holds no weights.*; make it with --fit and|weighs lm; expected lm, knn)",
     ):
         measure.weights_from_json(value, ["lm", "knn"], where="w.json")
 
@@ -273,7 +292,7 @@ def test_a_digest_sees_one_bit(mixture, test):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--use knn", "'knn'; expected lm, or lm and some of knn and ric"),
+        ("--use knn", "'knn'; expected lm, or lm and some of knn, ric and ngram"),
         ("--use lm,lm", "'lm,lm'; expected lm"),
         ("--use lm,ngrams", "'lm,ngrams'; expected lm"),
         ("--use lm,knn", "--use lm,knn needs --store"),

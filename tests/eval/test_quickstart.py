@@ -68,7 +68,7 @@ def test_quickstart_proves_the_removal_and_repeats(small_plan: Plan, tmp_path: P
         assert result.exit_code == 0, result.output
         last = json.loads(result.stdout.splitlines()[-1])
         assert set(last) >= {"model", "store", "perplexity", "removed", "seconds", "peak_memory_bytes"}
-        assert set(last["perplexity"]["restricted"]) == {"lm", "lm+knn", "lm+ric", "all"}
+        assert set(last["perplexity"]["restricted"]) == {"lm", "lm+knn", "lm+ric", "lm+ngram", "all"}
         assert Path(last["removed"]["receipt"]).is_file()
         assert (tmp_path / name / "report.html").read_text().startswith("<!DOCTYPE html>")
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))

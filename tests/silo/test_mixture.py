@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 import torch
 
+from datastore.ngrams import NgramIndex
 from datastore.store import Store
-from silo.language_model import LanguageModel
-from silo.mixture import NEIGHBOURS, Mixture, Parts, Weights
-from silo.retrieval import Block, Neighbours, SourceDocument
+from silo.in_context import read_in_context
+from silo.mixture import NEIGHBOURS, Mixture, Parts
+from silo.retrieval import Neighbours, SourceDocument
+from silo.weights import METHODS, Weights
 
-WEIGHTS = Weights({"lm": 0.5, "knn": 0.3, "ric": 0.2}, 4.0)
+WEIGHTS = Weights({"lm": 0.4, "knn": 0.3, "ric": 0.2, "ngram": 0.1}, 4.0)
+BY_SUFFIX = Weights(
+    {"lm": 0.8, "knn": 0.1, "ngram": 0.1},
+    2.0,
+    {2: {"lm": 0.5, "knn": 0.3, "ngram": 0.2}, 9: {"lm": 0.1, "knn": 0.2, "ngram": 0.7}},
+)
 COMBINATIONS = [
-    Weights({"lm": 1.0}, 1.0),
+    Weights({"lm": 1.0}),
     Weights({"lm": 0.25, "knn": 0.75}, 0.5),
-    Weights({"lm": 0.6, "ric": 0.4}, 1.0),
+    Weights({"lm": 0.6, "ric": 0.4}),
+    Weights({"lm": 0.3, "ngram": 0.7}),
     WEIGHTS,
+    BY_SUFFIX,
 ]
 
 
@@ -32,7 +41,7 @@ def store(model, model_dir, control, documents, tmp_path_factory) -> Store:
 
 @pytest.fixture(scope="module")
 def mixture(model, store) -> Mixture:
-    return Mixture(model, neighbours=store.neighbours(), blocks=store.blocks())
+    return store.mixture(model, METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +60,20 @@ def targets_of(parts: Parts, tokens: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(tokens[parts.begin : parts.end].astype(np.int64))
 
 
-def test_the_text_meets_the_store(parts):
+def documents_of(ric, targets: torch.Tensor) -> list[SourceDocument]:
+    return [d for at in range(len(targets)) if ric.found[at] for _, d in ric.shares(at, targets[at].item())]
+
+
+def test_the_text_meets_the_store(parts, tokens):
     """The tests below are about something: neighbours are found nearly everywhere, and so are blocks, of many texts."""
-    assert np.mean(np.concatenate([part.neighbours.documents[:, 0] >= 0 for part in parts])) > 0.9
-    with_block = [block is not None for part in parts for block in part.blocks]
-    assert any(with_block)
-    assert not all(with_block)
-    assert len({block.document.id for part in parts for block in part.blocks if block}) > 1
+    for method, least in (("knn", 0.9), ("ric", 0.1), ("ngram", 0.5)):
+        found = torch.cat([torch.as_tensor(getattr(part, method).found) for part in parts])
+        assert found.double().mean() > least, method
+        assert method == "knn" or not found.all(), method
+    cited = {document.id for part in parts for document in documents_of(part.ric, targets_of(part, tokens))}
+    assert len(cited) > 1
+    lengths = np.concatenate([part.ngram.matches.lengths[part.ngram.contexts] for part in parts])
+    assert lengths.max() > 16
 
 
 def test_each_position_comes_once_and_in_order(parts, tokens):
@@ -65,8 +81,9 @@ def test_each_position_comes_once_and_in_order(parts, tokens):
     assert [position for part in parts for position in range(part.begin, part.end)] == list(range(len(tokens)))
     for part in parts:
         rows = part.end - part.begin
-        assert len(part.lm) == len(part.ric) == len(part.blocks) == len(part.neighbours.values) == rows
-        assert part.neighbours.values.shape == (rows, NEIGHBOURS)
+        assert {len(part.lm), *(len(each.found) for each in (part.knn, part.ric, part.ngram))} == {rows}
+        assert part.knn.neighbours.values.shape == (rows, NEIGHBOURS)
+        assert {each.shape for each in part.evidence().values()} == {(rows,)}
 
 
 @pytest.mark.parametrize("weights", COMBINATIONS, ids=lambda weights: "+".join(weights.by_method))
@@ -79,45 +96,51 @@ def test_a_distribution_sums_to_one(parts, weights):
         assert (mixed.sum(dim=1) - 1).abs().max() < 1e-6
 
 
-def slow_distributions(mixture: Mixture, tokens: np.ndarray, weights: Weights) -> Iterator[tuple[int, np.ndarray]]:
+def slow_ngram(stored: list[list[int]], context: list[int], vocab_size: int) -> np.ndarray | None:
+    """What follows the longest suffix of a context in some documents, counted by looking everywhere."""
+    for length in range(len(context), 0, -1):
+        suffix, counts = context[len(context) - length :], np.zeros(vocab_size)
+        for document in stored:
+            for at in range(len(document) - length):
+                if document[at : at + length] == suffix:
+                    counts[document[at + length]] += 1
+        if counts.any():
+            return counts / counts.sum()
+    return None
+
+
+def slow_distributions(
+    mixture: Mixture, stored: list[list[int]], tokens: np.ndarray, weights: Weights
+) -> Iterator[tuple[int, np.ndarray]]:
     """The mixture at every third position in plain loops, with a reading of the model for each."""
     model = mixture.model
-    inputs = [model.start_token, *tokens[:-1].tolist()]
     scored = list(model.score(tokens))
     lm = np.concatenate([scores.double().exp().numpy() for _, scores in scored])
     found = mixture.neighbours.search(np.concatenate([keys for keys, _ in scored]), NEIGHBOURS)
-    batch_ends = np.cumsum([len(scores) for _, scores in scored]).tolist()
-    begin = 0
-    for end in batch_ends:
-        for start in range(begin, end, 32):
-            query = model.tokenizer.decode(tokens[max(0, start - 64) : start].tolist())
-            [block] = mixture.blocks.search([query])
-            for position in range(start, min(start + 32, end), 3):
-                knn = np.zeros(model.vocab_size)
-                near = found.squared_l2[position].astype(np.float64)
-                near = near[np.isfinite(near)]
-                exponents = np.exp((near.min(initial=np.inf) - near) / weights.temperature)
-                for exponent, value in zip(exponents, found.values[position], strict=False):
-                    knn[value] += exponent / exponents.sum()
-                if not len(near):
-                    knn = lm[position]
-                ric = lm[position]
-                if block is not None:
-                    head = [model.start_token, *block.tokens[: model.key_spec.context // 2 - 1].tolist()]
-                    until = min(start + 32, end)
-                    room = model.key_spec.context - len(head)
-                    read = [*head, *inputs[max(0, until - room) : position + 1]]
-                    with torch.inference_mode():
-                        ric = model.model(torch.tensor([read])).logits[0, -1].double().softmax(-1).numpy()
-                of_method = {"lm": lm[position], "knn": knn, "ric": ric}
-                yield position, sum(weight * of_method[method] for method, weight in weights.by_method.items())
-        begin = end
+    # Read in one piece; tests/silo/test_in_context.py compares that with a loop.
+    blocks = read_in_context(model, mixture.blocks, tokens, 0, len(tokens), mixture.in_context)
+    of_blocks = blocks.distribution().numpy()
+    for position in range(0, len(tokens), 3):
+        knn = np.zeros(model.vocab_size)
+        near = found.squared_l2[position].astype(np.float64)
+        near = near[np.isfinite(near)]
+        exponents = np.exp((near.min(initial=np.inf) - near) / weights.temperature)
+        for exponent, value in zip(exponents, found.values[position], strict=False):
+            knn[value] += exponent / exponents.sum()
+        if not len(near):
+            knn = lm[position]
+        ric = of_blocks[position] if blocks.found[position] else lm[position]
+        ngram = slow_ngram(stored, tokens[:position].tolist(), model.vocab_size)
+        ngram = lm[position] if ngram is None else ngram
+        of_method = {"lm": lm[position], "knn": knn, "ric": ric, "ngram": ngram}
+        yield position, sum(weight * of_method[method] for method, weight in weights.by_method.items())
 
 
-def test_the_mixture_equals_a_slow_reference(mixture, parts, tokens):
-    """Neighbours, blocks and model mixed position by position in plain loops give the same distributions."""
+def test_the_mixture_equals_a_slow_reference(mixture, model, documents, parts, tokens):
+    """Neighbours, blocks, suffixes and model mixed position by position in plain loops give the same distributions."""
     ours = torch.cat([part.distribution(WEIGHTS) for part in parts]).numpy()
-    for position, theirs in slow_distributions(mixture, tokens, WEIGHTS):
+    stored = [model.tokenize(replace(each, text=each.text[:500])).tolist() for each in documents[:6]]
+    for position, theirs in slow_distributions(mixture, stored, tokens, WEIGHTS):
         np.testing.assert_allclose(ours[position], theirs, rtol=0, atol=1e-5)
 
 
@@ -126,10 +149,12 @@ def test_one_target_is_read_off_the_distribution(parts, tokens, weights):
     """What probabilities() gives for a target, mixed by hand, is the distribution's entry at that target."""
     for part in parts:
         targets = targets_of(part, tokens)
-        given = part.probabilities(targets, weights.temperature)
-        mixed = sum(weight * given[method] for method, weight in weights.by_method.items())
-        entry = part.distribution(weights).gather(1, targets.unsqueeze(1)).squeeze(1)
-        torch.testing.assert_close(mixed, entry, rtol=1e-12, atol=1e-15)
+        for asked in (targets, targets.flip(0)):  # the document's own tokens, and others
+            given = part.probabilities(asked, weights.temperature)
+            of_method = weights.weigh(part.evidence())
+            mixed = sum(weight * given[method] for method, weight in of_method.items())
+            entry = part.distribution(weights).gather(1, asked.unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(mixed, entry, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("weights", COMBINATIONS, ids=lambda weights: "+".join(weights.by_method))
@@ -159,18 +184,20 @@ def test_a_share_is_that_of_the_documents_own_neighbours(mixture, parts, tokens)
     """A document's kNN share is the weight of its own neighbours with that token: without them it would be gone."""
     part = parts[0]
     targets = targets_of(part, tokens)
-    right = part.neighbours.values == targets.numpy()[:, None]
-    index = next(i for i in range(len(right)) if len(set(part.neighbours.documents[i, right[i]])) > 1)
+    right = part.knn.neighbours.values == targets.numpy()[:, None]
+    index = next(i for i in range(len(right)) if len(set(part.knn.neighbours.documents[i, right[i]])) > 1)
     of_document = {
         share.document.id: share.probability
         for share in mixture.attribute(part, index, targets[index].item(), WEIGHTS)
         if share.method == "knn"
     }
-    near = part.neighbours.squared_l2[index].astype(np.float64)
+    near = part.knn.neighbours.squared_l2[index].astype(np.float64)
     weights = np.exp((near.min() - near) / WEIGHTS.temperature)
     weights /= weights.sum()
-    for number in set(part.neighbours.documents[index].tolist()) - {-1}:
-        own = (part.neighbours.documents[index] == number) & (part.neighbours.values[index] == targets[index].item())
+    for number in set(part.knn.neighbours.documents[index].tolist()) - {-1}:
+        own = (part.knn.neighbours.documents[index] == number) & (
+            part.knn.neighbours.values[index] == targets[index].item()
+        )
         id = mixture.neighbours.document(number).id
         assert of_document.get(id, 0.0) == pytest.approx(0.3 * weights[own].sum(), abs=1e-12)
 
@@ -188,48 +215,54 @@ def test_a_later_token_changes_nothing_before_it(mixture, parts, tokens, changed
         if not same:
             continue
         end = same.stop
-        for method in ("lm", "ric"):
-            old, new = getattr(before_part, method)[:end], getattr(after_part, method)[:end]
-            torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
-        old, new = before_part.neighbours, after_part.neighbours
+        torch.testing.assert_close(after_part.lm.logits[:end], before_part.lm.logits[:end], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            after_part.ric.distribution()[:end], before_part.ric.distribution()[:end], rtol=0, atol=1e-5
+        )
+        assert torch.equal(
+            after_part.ngram.distribution(mixture.model.vocab_size)[:end],
+            before_part.ngram.distribution(mixture.model.vocab_size)[:end],
+        )
+        old, new = before_part.knn.neighbours, after_part.knn.neighbours
         np.testing.assert_allclose(new.squared_l2[:end], old.squared_l2[:end], rtol=1e-4, atol=1e-4)
+        for name, of_before in before_part.evidence().items():
+            torch.testing.assert_close(after_part.evidence()[name][:end], of_before[:end], rtol=1e-3, atol=1e-3)
         mixed = [part.distribution(WEIGHTS)[:end] for part in (before_part, after_part)]
         torch.testing.assert_close(mixed[1], mixed[0], rtol=0, atol=1e-5)
-        assert [b and (b.document.id, b.start) for b in after_part.blocks[:end]] == [
-            b and (b.document.id, b.start) for b in before_part.blocks[:end]
-        ]
     # And the change is one: what follows is not as it was.
-    assert (torch.cat([p.lm for p in after]) - torch.cat([p.lm for p in parts]))[changed_at + 1 :].abs().max() > 1e-3
+    logits = [torch.cat([part.lm.logits for part in each]) for each in (parts, after)]
+    assert (logits[1] - logits[0])[changed_at + 1 :].abs().max() > 1e-3
 
 
 def test_without_a_store_it_is_the_model(model, tokens):
     """A mixture of nothing but the model has the model's own bits, and says so."""
     alone = Mixture(model)
     assert alone.methods == ["lm"]
-    for part, (_, scores) in zip(alone.parts(tokens), model.score(tokens), strict=True):
-        assert torch.equal(part.lm, scores)
-        assert torch.equal(part.distribution(Weights({"lm": 1.0}, 1.0)), scores.double().exp())
+    for part, (_, logits) in zip(alone.parts(tokens), model.logits(tokens), strict=True):
+        assert torch.equal(part.lm.logits, logits)
+        expected = logits.double().softmax(dim=-1)
+        torch.testing.assert_close(part.distribution(Weights({"lm": 1.0})), expected, rtol=1e-6, atol=0)
         targets = targets_of(part, tokens)
         assert list(part.probabilities(targets, 1.0)) == ["lm"]
-        [share] = alone.attribute(part, 3, targets[3].item(), Weights({"lm": 1.0}, 1.0))
+        [share] = alone.attribute(part, 3, targets[3].item(), Weights({"lm": 1.0}))
         assert (share.method, share.document) == ("lm", None)
-        assert share.probability == scores[3, targets[3]].double().exp().item()
+        assert share.probability == part.lm.probability(targets)[3].item()
 
 
 def test_all_weight_on_the_model_is_the_model(parts):
     """Beside neighbours and blocks, λ_lm = 1 leaves the model's own bits."""
     for part in parts:
-        mixed = part.distribution(Weights({"lm": 1.0, "knn": 0.0, "ric": 0.0}, 4.0))
-        assert torch.equal(mixed, part.lm.double().exp())
+        mixed = part.distribution(Weights({"lm": 1.0, "knn": 0.0, "ric": 0.0, "ngram": 0.0}, 4.0))
+        assert torch.equal(mixed, part.lm.distribution())
 
 
 class Nothing:
     """Sources that find nothing."""
 
-    def search(self, queries, k: int | None = None):
+    def search(self, queries, k: int, **_):
         """No neighbours, or no blocks."""
-        if k is None:
-            return [None for _ in queries]
+        if isinstance(queries, list):
+            return [[] for _ in queries]
         shape = (len(queries), k)
         none = np.zeros(shape, dtype=np.int64)
         return Neighbours(np.full(shape, np.inf, dtype=np.float32), none, none - 1, none)
@@ -241,43 +274,11 @@ class Nothing:
 
 def test_an_empty_store_is_the_model(model, tokens):
     """Where neither neighbour nor block is found, the model takes their weight: probability does not leak away."""
-    empty = Mixture(model, neighbours=Nothing(), blocks=Nothing())
+    empty = Mixture(model, neighbours=Nothing(), blocks=Nothing(), ngrams=NgramIndex([]))
     for part in empty.parts(tokens):
-        lm = part.lm.double().exp()
+        lm = part.lm.distribution()
         torch.testing.assert_close(part.distribution(WEIGHTS), lm, rtol=1e-12, atol=0)
         targets = targets_of(part, tokens)
         [share] = empty.attribute(part, 0, targets[0].item(), WEIGHTS)
         assert (share.method, share.document) == ("lm", None)
         assert share.probability == pytest.approx(lm[0, targets[0]].item(), rel=1e-12)
-
-
-class OneBlock:
-    """A source that finds the same block for every query."""
-
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.block = Block(SourceDocument("b", "Ada", "GPL-3.0-only", "s", ""), 0, tokens.astype(np.int64), 1.0)
-
-    def search(self, queries):
-        """That block."""
-        return [self.block for _ in queries]
-
-
-@pytest.mark.parametrize("context", [4, 16, 40])
-def test_a_block_never_takes_the_place_of_the_text(model, tokens, context: int):
-    """However short the model's context, each token is predicted by what stands right before it, with a block in front.
-
-    The inputs never exceed the context, and the block is never scored itself."""
-    small = LanguageModel(model.model, model.tokenizer, "")
-    small.key_spec = replace(model.key_spec, context=context, stride=context * 3 // 4)
-    tokens = tokens[:50]
-    inputs, block = model.inputs(tokens).tolist(), [7] * 128
-    head = [model.start_token, *block[: context // 2 - 1]]
-    room = context - len(head)
-    for part in Mixture(small, blocks=OneBlock(np.asarray(block))).parts(tokens):
-        for position in range(part.begin, part.end, 3):
-            stride = min(32, room)
-            end = min(position + stride - (position - part.begin) % stride, part.end)
-            read = inputs[max(0, end - room) : position + 1]
-            assert read[-1:] == inputs[position : position + 1]
-            expected = small.log_probabilities(torch.tensor([head + read]), 1)[0, 0]
-            torch.testing.assert_close(part.ric[position - part.begin], expected, rtol=0, atol=1e-4)

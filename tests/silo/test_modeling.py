@@ -308,6 +308,7 @@ def test_only_the_last_logits():
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"hidden_size": -32}, "hidden_size is -32"),
         ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
         ({"router": "top"}, "router is 'top'; expected one of topk, noisy_topk, expert_choice"),
         (
             {"ffn": "peer", "peer_num_experts": 150},

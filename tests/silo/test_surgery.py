@@ -115,6 +115,7 @@ def test_averaged_experts_become_one_network():
         (lambda: upcycle(trained("peer", 0)), "layers to upcycle are []"),
         (lambda: upcycle(trained(["dense", "moe", "dense"], 0), [1]), "expected some of the dense ones: [0, 2]"),
         (lambda: upcycle(trained(["dense", "moe", "dense"], 0), num_experts=4), "layers of 8 experts already"),
+        (lambda: upcycle(trained("dense", 0, moe_intermediate_size=8)), "expected 24, the width of the dense layers"),
         (lambda: averaged(trained("moe", 0)), "expected an averaged layer"),
     ],
 )

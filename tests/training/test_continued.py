@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,8 @@ from silo.config import load_config
 from silo.corpus import MODEL_CARD, TRAINED_ON, Corpus
 from silo.errors import IntegrityError, LicenseError, UsageError
 from silo.files import canonical_json, sealed, sha256_file
+from silo.modeling import SiloConfig, SiloForCausalLM
+from training.continued import Origin
 from training.loop import train
 from training.recipe import Recipe
 
@@ -168,10 +171,36 @@ def test_other_weights_under_the_list_are_refused(root, copy, untaught):
 
 def test_shapes_are_the_models(root):
     """A recipe with both init and model, or with longer sequences than the model reads, is wrong use."""
-    with pytest.raises(UsageError, match="init and model are both set"):
-        again(root, root / "first", "model.hidden_size=8")
+    with pytest.raises(UsageError, match=r"init and model\.hidden_size are both set"):
+        again(root, root / "first", "model.hidden_size=8", "model.peer_num_experts=64")
     with pytest.raises(UsageError, match=r"sequence_length is 32, and .* reads 16 tokens at most"):
         train(again(root, root / "first", "sequence_length=32"))
+
+
+def test_a_recipe_grows_the_experts_of_its_first_model(root, tmp_path):
+    """With init and more experts a PEER layer grows: without learning it computes what it did but for rounding, with
+    it siblings part ways, and the audit still lists its teachers."""
+    peer = ["model.ffn=peer", "model.peer_num_experts=16", "model.peer_experts_per_head=4", "model.key_dim=4"]
+    peer += ["model.query_batch_norm=false"]  # whose averages move without learning
+    train(load_config(Recipe, root / "first.yaml", [*peer, f"output={tmp_path / 'small'}"]))
+    more = "model.peer_num_experts=64"
+    train(again(root, tmp_path / "small", more, "learning_rate=0", f"output={tmp_path / 'still'}"))
+    small, still = (SiloForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("small", "still"))
+    tokens = torch.randint(still.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(0))
+    assert still.config.peer_num_experts == 64
+    torch.testing.assert_close(small(tokens).logits, still(tokens).logits, rtol=0, atol=1e-6)
+    train(again(root, tmp_path / "small", more, f"output={tmp_path / 'grown'}"))
+    keys = SiloForCausalLM.from_pretrained(tmp_path / "grown").model.layers[0].mlp.retrieval.keys
+    assert (keys[:, :, ::2] != keys[:, :, 1::2]).any()
+    assert rows_of(tmp_path / "small").keys() < rows_of(tmp_path / "grown").keys()
+
+
+@pytest.mark.parametrize("number", [4, 16, 32, 80, 100])
+def test_experts_that_are_no_square_times_as_many_are_refused(number):
+    """Fewer experts, as many, or a number that is not 4, 9, 16 … times theirs is wrong use."""
+    model = SiloForCausalLM(SiloConfig(**MODEL, ffn="peer", peer_num_experts=16, peer_experts_per_head=4, key_dim=4))
+    with pytest.raises(UsageError, match=f"peer_num_experts is {number}, and the model of init has 16; expected 4, 9"):
+        Origin("", {}, [], model, None).grown(number)
 
 
 def test_the_corpus_is_still_judged(root, copy, untaught, tmp_path):

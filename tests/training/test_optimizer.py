@@ -7,7 +7,7 @@ import torch
 
 from silo.errors import UsageError
 from silo.modeling import SiloConfig, SiloForCausalLM
-from training.optimizer import ROWS_AT_ONCE, RowAdamW, clip_gradients
+from training.optimizer import ROWS_AT_ONCE, RowAdamW, clip_gradients, make_optimizer
 
 ROWS = ROWS_AT_ONCE + 40
 """More than are updated in one go."""
@@ -111,6 +111,21 @@ def test_state_goes_on_where_it_was_saved():
             two.step()
         one.step()
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rate", [None, 3e-3])
+def test_retrieved_experts_may_have_a_rate_of_their_own(rate):
+    """PEER's experts and a memory's values, and nothing else, learn at their own rate; every weight is in one group."""
+    shape = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 1, "key_dim": 4}
+    shape |= {"num_key_value_heads": 1, "intermediate_size": 8, "peer_num_experts": 64, "peer_experts_per_head": 4}
+    shape |= {"pkm_num_values": 64, "pkm_values_per_head": 4}
+    model = SiloForCausalLM(SiloConfig(**shape, ffn=["peer", "dense", "pkm"]))
+    groups = make_optimizer(model, 1e-3, 0.1, rate).param_groups
+    rates = {id(each): group["initial_lr"] for group in groups for each in group["params"]}
+    experts = {"model.layers.0.mlp.down.weight", "model.layers.0.mlp.up.weight", "model.layers.2.mlp.values.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(list(model.parameters()))
+    for name, each in model.named_parameters():
+        assert rates[id(each)] == (rate if rate and name in experts else 1e-3), name
 
 
 def test_clipping_counts_dense_and_sparse_together():

@@ -1,0 +1,213 @@
+"""What each method of a mixture says about some positions of a document, before anything is weighed.
+
+A reading gives the probability of one token a position, the whole distribution, the documents behind a probability,
+and evidence: numbers that are known before the token is, by which a gate judges how far to trust the method. Where a
+method found nothing it says so, and the mixture gives its weight to the model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from silo.mixing import neighbour_distribution, neighbour_probability, neighbour_weights
+from silo.retrieval import Neighbours, NeighbourSource, NgramMatches, NgramSource, SourceDocument
+
+FIRST_NEIGHBOURS = 8
+"""How many of the nearest neighbours are asked whether they agree."""
+SUFFIX_BOUNDS = (1, 2, 3, 4, 6, 9, 16)
+"""Where the classes of suffix lengths begin."""
+
+CHUNK_NUMBERS = 1 << 18
+"""Logits that are normalised at a time."""
+
+Evidence = dict[str, torch.Tensor]
+"""Numbers about each position, (n,) float64 by name."""
+Temperature = float | torch.Tensor
+"""τ of kNN-LM, in units of squared distance: one for all positions, or (n, 1)."""
+Shares = list[tuple[float, SourceDocument]]
+"""Parts of one token's probability, and the documents that they come from."""
+
+
+@dataclass(frozen=True)
+class ModelReading:
+    """What the language model says about n positions."""
+
+    logits: torch.Tensor
+    """(n, vocabulary) float32, not normalised."""
+    normaliser: torch.Tensor
+    """(n,) float64: the logarithm of the sum of the exponents of each row."""
+    entropy: torch.Tensor
+    """(n,) float64, in nats."""
+    top: torch.Tensor
+    """(n,) float64: the logarithm of the highest probability."""
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> ModelReading:
+        """Normalise the (n, vocabulary) logits that a model gave.
+
+        Sums are of float32 exponents, the final addition is in float64: with it, probabilities sum to 1 within 1e-6.
+        """
+        logits = logits.float()
+        rows = max(1, CHUNK_NUMBERS // logits.shape[1])  # that is, while they are in the cache
+        found = [cls._normalise(logits[at : at + rows]) for at in range(0, len(logits), rows)]
+        return cls(logits, *(torch.cat(each) for each in zip(*found, strict=True)))
+
+    @staticmethod
+    def _normalise(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normaliser, entropy and highest log-probability of some rows."""
+        top = logits.amax(dim=1, keepdim=True)
+        shifted = logits - top
+        exponents = shifted.exp()
+        total = exponents.sum(dim=1).double()
+        entropy = total.log() - exponents.mul_(shifted).sum(dim=1).double() / total
+        return top.squeeze(1).double() + total.log(), entropy, -total.log()
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def log_probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """log p of one token a position: (n,) int64 gives (n,) float64."""
+        return self.logits.gather(1, tokens.unsqueeze(1)).squeeze(1).double() - self.normaliser
+
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """p of one token a position: (n,) int64 gives (n,) float64."""
+        return self.log_probability(tokens).exp()
+
+    def distribution(self) -> torch.Tensor:
+        """(n, vocabulary) float64."""
+        return (self.logits.double() - self.normaliser.unsqueeze(1)).exp_()
+
+    def evidence(self) -> Evidence:
+        """Entropy in nats, and the logarithm of the highest probability."""
+        return {"lm_entropy": self.entropy, "lm_top": self.top}
+
+
+@dataclass(frozen=True)
+class NeighbourReading:
+    """What the nearest neighbours say about n positions (kNN-LM, Khandelwal 2020)."""
+
+    neighbours: Neighbours
+    source: NeighbourSource
+
+    @property
+    def found(self) -> torch.Tensor:
+        """(n,) bool: where there is any neighbour."""
+        return torch.from_numpy(np.isfinite(self.neighbours.squared_l2[:, 0]))
+
+    def weights(self, temperature: Temperature) -> torch.Tensor:
+        """(n, k) float64, summing to 1 a row where there is any neighbour."""
+        return neighbour_weights(torch.from_numpy(self.neighbours.squared_l2), temperature)
+
+    def probability(self, tokens: torch.Tensor, temperature: Temperature) -> torch.Tensor:
+        """p of one token a position: (n,) int64 gives (n,) float64."""
+        return neighbour_probability(self.weights(temperature), torch.from_numpy(self.neighbours.values), tokens)
+
+    def distribution(self, temperature: Temperature, vocab_size: int) -> torch.Tensor:
+        """(n, vocabulary) float64; zeros where nothing was found."""
+        return neighbour_distribution(self.weights(temperature), torch.from_numpy(self.neighbours.values), vocab_size)
+
+    def shares(self, index: int, token: int, temperature: float) -> Shares:
+        """What each document's neighbours give to one token at one position."""
+        one = slice(index, index + 1)
+        weights = neighbour_weights(torch.from_numpy(self.neighbours.squared_l2[one]), temperature)[0].tolist()
+        shares: dict[int, float] = defaultdict(float)
+        rows = zip(weights, self.neighbours.values[index], self.neighbours.documents[index], strict=True)
+        for weight, value, document in rows:
+            if value == token and document >= 0:
+                shares[int(document)] += weight
+        return [(share, self.source.document(document)) for document, share in shares.items()]
+
+    def evidence(self, lm: ModelReading) -> Evidence:
+        """How near the first and the last neighbour are, whether the others agree with the first, and whether the
+        model does."""
+        found, values = self.found, torch.from_numpy(self.neighbours.values)
+        distances = torch.from_numpy(self.neighbours.squared_l2).double()
+        last = torch.where(torch.isfinite(distances), distances, 0.0).amax(dim=1)
+        same = values == values[:, :1]
+        finite = torch.isfinite(distances)
+        out = {
+            "knn_nearest": distances[:, 0].clamp_min(1e-6).log(),
+            "knn_farthest": last.clamp_min(1e-6).log(),
+            "knn_first": same[:, :FIRST_NEIGHBOURS].double().mean(dim=1),
+            "knn_all": (same & finite).double().sum(dim=1) / finite.double().sum(dim=1).clamp_min(1.0),
+            "knn_lm": lm.log_probability(values[:, 0]),
+        }
+        return {"knn_found": found.double(), **{name: torch.where(found, each, 0.0) for name, each in out.items()}}
+
+
+@dataclass(frozen=True)
+class NgramReading:
+    """What came after the longest known suffix of the context of n positions (∞-gram, Liu 2024)."""
+
+    matches: NgramMatches
+    source: NgramSource
+    contexts: np.ndarray
+    """(n,) int64: the numbers of the positions' contexts among the matches."""
+    tokens: torch.Tensor
+    """(n,) int64: the tokens that the document has there."""
+
+    @property
+    def found(self) -> torch.Tensor:
+        """(n,) bool: where at least one token of context is known with a token after it."""
+        known = (self.matches.lengths[self.contexts] > 0) & (self.matches.counts[self.contexts] > 0)
+        return torch.from_numpy(known)
+
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """p of one token a position, (n,) int64: the share of the suffix's occurrences that go on with it, float64.
+
+        Tokens of the document itself were counted when it was matched; others are looked up.
+        """
+        counts = np.maximum(self.matches.counts[self.contexts], 1)
+        found = self.matches.hits[self.contexts] / counts
+        other = np.flatnonzero((tokens != self.tokens).numpy())
+        if len(other):
+            following = self.matches.following(self.contexts[other])
+            of = np.repeat(np.arange(len(other)), np.diff(following.begins))
+            hit = following.tokens == tokens.numpy()[other][of]
+            found[other] = np.bincount(of[hit], weights=following.counts[hit], minlength=len(other)) / counts[other]
+        return torch.where(self.found, torch.from_numpy(found), 0.0)
+
+    def distribution(self, vocab_size: int) -> torch.Tensor:
+        """(n, vocabulary) float64; zeros where nothing was found."""
+        out = torch.zeros(len(self.contexts), vocab_size, dtype=torch.float64)
+        some = np.flatnonzero(self.found.numpy())
+        following = self.matches.following(self.contexts[some])
+        of = np.repeat(some, np.diff(following.begins))
+        share = following.counts / self.matches.counts[self.contexts[of]]
+        out[torch.from_numpy(of), torch.from_numpy(following.tokens)] = torch.from_numpy(share)
+        return out
+
+    def shares(self, index: int, token: int) -> Shares:
+        """What each document's occurrences give to one token at one position."""
+        context = self.contexts[index : index + 1]
+        origins = self.matches.origins(context, np.asarray([token], dtype=np.int64))
+        count = int(self.matches.counts[context[0]])
+        pairs = zip(origins.documents.tolist(), origins.counts.tolist(), strict=True)
+        return [(times / count, self.source.document(document)) for document, times in pairs]
+
+    def evidence(self, lm: ModelReading) -> Evidence:
+        """Length and count of the suffix, whether one token always follows it, and what the model gives to that."""
+        found = self.found
+        single = torch.from_numpy(self.matches.single[self.contexts])
+        sparse = found & (single >= 0)
+        out = {
+            "ngram_length": torch.from_numpy(np.log1p(self.matches.lengths[self.contexts])),
+            "ngram_count": torch.from_numpy(np.log1p(self.matches.counts[self.contexts])),
+            "ngram_single": sparse.double(),
+            "ngram_lm": torch.where(sparse, lm.log_probability(single.clamp_min(0)), 0.0),
+            "ngram_class": torch.from_numpy(suffix_class(self.matches.lengths[self.contexts])) * 2 + sparse.double(),
+        }
+        return {"ngram_found": found.double(), **{name: torch.where(found, each, 0.0) for name, each in out.items()}}
+
+
+def suffix_class(lengths: np.ndarray) -> np.ndarray:
+    """The class of (n,) suffix lengths: 0 for none, then by :data:`SUFFIX_BOUNDS`. (n,) float64.
+
+    >>> suffix_class(np.asarray([0, 1, 5, 100])).tolist()
+    [0.0, 1.0, 4.0, 7.0]
+    """
+    return np.searchsorted(SUFFIX_BOUNDS, lengths, side="right").astype(np.float64)

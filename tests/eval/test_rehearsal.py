@@ -1,0 +1,129 @@
+"""The rehearsal of a store with permissive text: who may play, and that a gate comes out which only they taught."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+import silo.gate
+from datastore.store import Store
+from eval.rehearsal import Cast, rehearse
+from silo.cli import main
+from silo.documents import Document
+from silo.errors import LicenseError, UsageError
+from silo.files import canonical_json
+from silo.gate import Gate
+from silo.licensing import DEFAULT_POLICY
+from silo.sources import open_source
+
+METHODS = ["lm", "knn", "ngram"]
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr(silo.gate, "STEPS", 200)
+
+
+@pytest.fixture(scope="module")
+def permissive() -> list[Document]:
+    """The heads of real files, others than the store has, under their real licence, dealt out to six owners."""
+    files = sorted(open_source("python:accelerate", downloads=None), key=lambda document: document.id)[12:]
+    return [replace(file, text=file.text[:900], owner=f"owner {at % 6}") for at, file in enumerate(files)]
+
+
+@pytest.fixture(scope="module")
+def store(model, model_dir, control, documents, tmp_path_factory) -> Store:
+    made = Store.create(tmp_path_factory.mktemp("rehearsal") / "store", model, model_dir / "tokenizer.json", control)
+    made.add(documents[:2], model)
+    return made
+
+
+def rehearsed(model, store, documents, *, trained_on=frozenset()):
+    return rehearse(
+        model,
+        store,
+        documents,
+        METHODS,
+        policy=DEFAULT_POLICY,
+        trained_on=set(trained_on),
+        store_tokens=4000,
+        asked_tokens=3000,
+    )
+
+
+def test_a_gate_is_learnt_and_helps(model, store, permissive):
+    """It reads the evidence of all methods, and text that it did not learn from gains by it."""
+    gate, source = rehearsed(model, store, permissive)
+    assert gate.methods == tuple(METHODS)
+    assert {name.split("_")[0] for name in gate.features} == set(METHODS)
+    assert source["nats_gained"]["held_out"] > 0
+    assert source["control"] == store.manifest.control
+    named = {row["id"] for row in source["teachers"]}
+    assert named <= {document.id for document in permissive}
+    assert {row["license"] for row in source["teachers"]} == {permissive[0].license}
+
+
+def test_every_document_plays_one_part(permissive):
+    """Strangers' owners have nothing in the store, and nobody is asked about a text that is stored."""
+    cast = Cast.of(permissive)
+    owners = [{document.owner for document in each} for each in (cast.stored, cast.asked, cast.strangers)]
+    assert not owners[2] & (owners[0] | owners[1])
+    assert owners[1] <= owners[0]
+    ids = [document.id for each in (cast.stored, cast.asked, cast.strangers) for document in each]
+    assert sorted(ids) == sorted(document.id for document in permissive)
+    assert Cast.of(permissive[::-1]) == cast
+
+
+@pytest.mark.parametrize("license", ["GPL-3.0-only", "", "CC-BY-NC-4.0"])
+def test_restricted_text_cannot_teach_a_gate(model, store, permissive, license):
+    """One document under another licence stops the rehearsal before anything is read (law 2)."""
+    documents = [*permissive, replace(permissive[3], id="theirs", license=license)]
+    with pytest.raises(
+        LicenseError, match=r"'theirs' under .* is restricted; a gate is fitted on permissive text only"
+    ):
+        rehearsed(model, store, documents)
+
+
+def test_text_that_taught_the_weights_cannot_teach_a_gate(model, store, permissive):
+    """What the model has seen would teach the gate to trust the model too much."""
+    with pytest.raises(LicenseError, match=f"the model trained on '{permissive[5].id}'"):
+        rehearsed(model, store, permissive, trained_on={permissive[5].content_hash})
+
+
+def test_too_little_text_is_wrong_use(model, store, permissive):
+    """Documents of one owner cannot play both sides."""
+    with pytest.raises(UsageError, match="too few for a rehearsal; give more permissive text"):
+        rehearsed(model, store, [document for document in permissive if document.owner == "owner 0"])
+
+
+def test_the_store_is_not_read(model, store, make_store, permissive):
+    """The gate of a store with restricted text is, to the bit, that of one with none (law 2)."""
+    of_full, _ = rehearsed(model, store, permissive)
+    of_empty, _ = rehearsed(model, make_store("empty"), permissive)
+    assert of_full.to_json() == of_empty.to_json()
+
+
+def test_the_commands(model_dir, store, permissive, documents, tmp_path):
+    """`silo eval gate` writes a gate with which `silo eval perplexity` measures one mixture for all owners."""
+    taught, asked = tmp_path / "permissive.jsonl", tmp_path / "test.jsonl"
+    taught.write_bytes(b"".join(canonical_json(document.to_json()) for document in permissive))
+    asked.write_bytes(canonical_json(replace(documents[3], text=documents[3].text[:400]).to_json()))
+    common = ["--model", str(model_dir), "--store", str(store.path), "--use", ",".join(METHODS), "--json"]
+    sizes = ["--store-tokens", "4000", "--asked-tokens", "3000"]
+    made = CliRunner().invoke(main, ["eval", "gate", str(taught), "--out", str(tmp_path / "g.json"), *sizes, *common])
+    assert made.exit_code == 0, made.stderr
+    assert json.loads(made.stdout)["nats_gained"]["held_out"] > 0
+    written = json.loads((tmp_path / "g.json").read_bytes())
+    assert Gate.from_json(written, where="g.json").methods == tuple(METHODS)
+    assert written["provenance"]["model"] == store.manifest.model["fingerprint"]
+    options = ["--data", str(asked), "--weights", str(tmp_path / "g.json"), *common]
+    done = CliRunner().invoke(main, ["eval", "perplexity", *options])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found["perplexity"]) == ["lm", "gate"]
+    other = {**written, "provenance": {**written["provenance"], "model": "another"}}
+    (tmp_path / "g.json").write_bytes(canonical_json(other))
+    refused = CliRunner().invoke(main, ["eval", "perplexity", *options])
+    assert refused.exit_code == 2
+    assert "was made for the model another" in refused.stderr
