@@ -56,7 +56,9 @@ class Protocol:
                 Reading(tokens, windows(len(tokens), context=self.context, stride=self.stride), [len(tokens)])
                 for tokens in texts
             ]
-        stream = np.concatenate([np.zeros(0, np.int32), *texts])
+        if not texts:
+            return []
+        stream = np.concatenate(texts)
         cut = stream_windows(len(stream), context=self.context, stride=self.stride)
         return [Reading(stream, cut, [len(tokens) for tokens in texts])]
 

@@ -101,9 +101,7 @@ class Scorer:
         return log_probability(kept, blocks, torch.from_numpy(targets)).numpy()
 
 
-def log_probability(
-    states: torch.Tensor, blocks: Sequence[torch.Tensor | None], targets: torch.Tensor
-) -> torch.Tensor:
+def log_probability(states: torch.Tensor, blocks: Sequence[torch.Tensor | None], targets: torch.Tensor) -> torch.Tensor:
     """log p of one token a row, without a distribution ever being written.
 
     Args:
