@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from eval.suite_cli import compare, suite
 from silo.cli import reports
 from silo.errors import UsageError
 
@@ -198,3 +199,7 @@ def gate(
         )
     write_json(out, {**learnt.to_json(), "provenance": source})
     return {"gate": str(out), **{name: value for name, value in source.items() if name != "teachers"}}
+
+
+evaluate.add_command(suite)
+evaluate.add_command(compare)

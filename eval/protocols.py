@@ -49,18 +49,18 @@ class Protocol:
         if not 1 <= self.stride <= self.context:
             raise UsageError(f"protocol: stride is {self.stride}; expected 1 to the context of {self.context} tokens")
 
+    def cut(self, length: int) -> list[Window]:
+        """The windows of a reading of so many tokens."""
+        return (windows if self.kind == "alone" else stream_windows)(length, context=self.context, stride=self.stride)
+
     def readings(self, texts: Sequence[np.ndarray]) -> list[Reading]:
         """Cut the tokens (n,) of some texts into readings; the texts follow each other in them."""
         if self.kind == "alone":
-            return [
-                Reading(tokens, windows(len(tokens), context=self.context, stride=self.stride), [len(tokens)])
-                for tokens in texts
-            ]
+            return [Reading(tokens, self.cut(len(tokens)), [len(tokens)]) for tokens in texts]
         if not texts:
             return []
         stream = np.concatenate(texts)
-        cut = stream_windows(len(stream), context=self.context, stride=self.stride)
-        return [Reading(stream, cut, [len(tokens) for tokens in texts])]
+        return [Reading(stream, self.cut(len(stream)), [len(tokens) for tokens in texts])]
 
     def require_context(self, available: int) -> None:
         """Raise :class:`UsageError` unless a model that reads ``available`` tokens can read these windows."""
