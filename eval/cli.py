@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datastore.generate_cli import policy_options
+from eval.suite_cli import compare, suite
 from silo.cli import reports
 from silo.errors import UsageError
 
@@ -222,3 +223,7 @@ def gate(
         )
     write_json(out, {**learnt.to_json(), "provenance": source})
     return {"gate": str(out), **{name: value for name, value in source.items() if name != "teachers"}}
+
+
+evaluate.add_command(suite)
+evaluate.add_command(compare)

@@ -4,8 +4,11 @@ keys out."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,10 @@ FFN_NAMES = ("mlp", "feed_forward", "ffn")
 """What transformers' decoders call the feed-forward part of a layer."""
 REQUIRED = ("config.json", "tokenizer.json")
 FINGERPRINTED = (*REQUIRED, "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+Cut = Callable[[int], list[Window]]
+"""From the length of a document to the windows that it is read in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,7 @@ class LanguageModel:
         layer = key_layer or ("last_ffn_input" if self.ours or self.last_ffn is not None else "last_hidden_state")
         self._check_key_layer(layer)
         self.key_spec = KeySpec(layer, config.hidden_size, context, context * 3 // 4)
+        self.cut: Cut = partial(windows, context=context, stride=context * 3 // 4)
 
     def _check_key_layer(self, layer: str) -> None:
         if layer not in KEY_LAYERS:
@@ -124,6 +132,12 @@ class LanguageModel:
     def vocab_size(self) -> int:
         """Number of columns of a distribution."""
         return self.model.config.vocab_size
+
+    def reading_by(self, cut: Cut) -> LanguageModel:
+        """The same model, which cuts what it reads into other windows; for evaluation, since keys hang on them."""
+        other = copy.copy(self)
+        other.cut = cut
+        return other
 
     def tokenize(self, document: Document) -> np.ndarray:
         """Token ids of a document's whole text, (n,) int32. Raises :class:`DataError` if there are none."""
@@ -199,10 +213,8 @@ class LanguageModel:
         return DynamicCache(config=self.model.config)
 
     def _run(self, inputs: torch.Tensor, *, logits: bool, first: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        cut = windows(len(inputs), context=self.key_spec.context, stride=self.key_spec.stride)
-        cut = [w._replace(first=max(w.first, first)) for w in cut if w.end > first]
-        for at in range(0, len(cut), WINDOWS_PER_BATCH):
-            batch = cut[at : at + WINDOWS_PER_BATCH]
+        cut = [w._replace(first=max(w.first, first)) for w in self.cut(len(inputs)) if w.end > first]
+        for batch in _batches(cut):
             keys, scores = self._forward(torch.stack([inputs[w.begin : w.end] for w in batch]), logits=logits)
             yield _kept(keys, batch).numpy(), _kept(scores, batch) if logits else scores
 
@@ -268,6 +280,14 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _batches(cut: list[Window]) -> Iterator[list[Window]]:
+    """Windows of one length that follow each other, as many as go through the model at once."""
+    for _, same in itertools.groupby(cut, key=lambda window: window.end - window.begin):
+        run = list(same)
+        for at in range(0, len(run), WINDOWS_PER_BATCH):
+            yield run[at : at + WINDOWS_PER_BATCH]
 
 
 def _kept(tensor: torch.Tensor, batch: list[Window]) -> torch.Tensor:

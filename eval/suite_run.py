@@ -1,0 +1,238 @@
+"""Running a suite: one cell for each model and domain, each in a file of its own, so that a run can be taken up again.
+
+A cell's name is the hash of all that determines it: model, store, methods, windows, text and weights. What is there
+under that name is not measured again, whatever else of the suite was changed. Weights are fitted on validation text
+into a file first, and the test text is scored with what the file says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datastore.store import Store
+from eval import perplexity as measure
+from eval.leakage import leakage
+from eval.metrics import Sums, bytes_before
+from eval.perplexity import Text
+from eval.protocols import Protocol
+from eval.suite import Entry, Suite, Texts, documents_hash, read_domains
+from silo.errors import UsageError
+from silo.files import canonical_json, read_json, read_sealed, sealed, sha256, sha256_file, write_json
+from silo.gate import Gate
+from silo.language_model import LanguageModel
+from silo.mixture import Mixture
+from silo.weights import METHODS, Weights
+
+FORMAT = 1
+MODEL_ALONE: dict[str, Any] = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model of a suite, opened."""
+
+    name: str
+    entry: Entry
+    mixture: Mixture
+    store: Store | None
+    protocol: Protocol | None
+
+    @classmethod
+    def open(cls, name: str, entry: Entry, protocol: Protocol | None, base: Path) -> Contestant:
+        """Load the model, and its store if it has one. Raises :class:`UsageError`, :class:`StoreError`."""
+        model = LanguageModel.load(base / entry.path)
+        if protocol is not None:
+            protocol.require_context(model.key_spec.context)
+        store = Store.open(base / entry.store) if entry.store is not None else None
+        mixture = store.mixture(model, entry.use) if store is not None else Mixture(model)
+        if protocol is not None:
+            mixture.model = model.reading_by(protocol.cut)
+        return cls(name, entry, mixture, store, protocol)
+
+    def described(self) -> dict[str, Any]:
+        """What identifies it in a result."""
+        return {
+            "model": self.mixture.model.fingerprint,
+            "store": self.store.hash if self.store is not None else None,
+            "use": list(self.entry.use),
+        }
+
+    def windows(self) -> dict[str, Any]:
+        """How it reads, for a result."""
+        if self.protocol is not None:
+            return {"kind": self.protocol.kind, "context": self.protocol.context, "stride": self.protocol.stride}
+        spec = self.mixture.model.key_spec
+        return {"kind": "alone", "context": spec.context, "stride": spec.stride}
+
+    def score(self, texts: Sequence[Text], progress: Progress | None = None) -> measure.Scores:
+        """Score texts, each alone or all in one stream; in both cases one text after the other."""
+        if self.protocol is None or self.protocol.kind == "alone" or not texts:
+            return measure.score(self.mixture, texts, progress=progress)
+        stream = Text(texts[0].document, np.concatenate([text.tokens for text in texts]))
+        return measure.score(self.mixture, [stream], progress=progress)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one domain, measured."""
+
+    model: str
+    domain: str
+    permissive: bool
+    record: dict[str, Any]
+
+    def sums(self, mixture: str) -> Sums:
+        """What was measured with one mixture."""
+        return Sums(
+            np.asarray(self.record["log_probability"][mixture]),
+            np.asarray(self.record["tokens"], dtype=np.int64),
+            np.asarray(self.record["bytes"], dtype=np.int64),
+        )
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The mixtures that were measured, the model alone first and all methods together last."""
+        order = ["lm", *(f"lm+{method}" for method in METHODS), "all", "gate"]
+        return sorted(self.record["log_probability"], key=order.index)
+
+
+def run(suite: Suite, out: Path, base: Path, progress: Progress | None = None) -> list[Cell]:
+    """Measure what is not yet in ``out``, and give all cells in the order of the suite.
+
+    Args:
+        suite: which models on which text.
+        out: where ``cells`` and ``weights`` are kept.
+        base: to which the suite's paths are relative.
+        progress: is told how many cells are done, and how many there are.
+
+    Raises:
+        DataError: text cannot be read, is not the pinned one, or is both fitted and reported on.
+        UsageError: a model needs weights and a domain has no validation text.
+    """
+    domains = read_domains(suite, base)
+    for domain in domains:
+        measure.require_disjoint(domain.test, domain.validation)
+    require_weights(suite, domains)
+    for name in ("cells", "weights"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    cells: list[Cell] = []
+    total = len(suite.models) * len(domains)
+    for name, entry in suite.models.items():
+        contestant = Contestant.open(name, entry, suite.protocol, base)
+        for domain in domains:
+            record = measured(contestant, domain, suite, out, base)
+            cells.append(Cell(name, domain.name, domain.permissive, record))
+            if progress:
+                progress(len(cells), total)
+    return cells
+
+
+def require_weights(suite: Suite, domains: Sequence[Texts]) -> None:
+    """Raise :class:`UsageError` unless every mixture has weights, or text to fit them on."""
+    for name, entry in suite.models.items():
+        for domain in domains:
+            if len(entry.use) > 1 and entry.weights is None and not domain.validation:
+                raise UsageError(
+                    f"model {name!r} needs weights for {domain.name!r}: give the domain validation text, or the model "
+                    "a file of weights"
+                )
+
+
+def measured(contestant: Contestant, domain: Texts, suite: Suite, out: Path, base: Path) -> dict[str, Any]:
+    """One cell, from its file if it is there."""
+    weights = weights_file(contestant, domain, suite, out, base)
+    texts = measure.sample(domain.test, contestant.mixture, suite.tokens)
+    determined = {
+        "format": FORMAT,
+        **contestant.described(),
+        "windows": contestant.windows(),
+        "data": measure.data_hash(texts),
+        "weights": sha256_file(weights) if weights is not None else None,
+    }
+    path = out / "cells" / f"{sha256(canonical_json(determined))[:24]}.json"
+    if path.is_file():
+        return read_sealed(path, FORMAT)
+    record = sealed({**determined, **score_cell(contestant, texts, weights), "text": documents_hash(domain.test)})
+    write_json(path, record)
+    return record
+
+
+def score_cell(contestant: Contestant, texts: Sequence[Text], weights: Path | None) -> dict[str, Any]:
+    """Score the test text of a cell with the weights that a file holds."""
+    model = contestant.mixture.model
+    value = read_json(weights) if weights is not None else MODEL_ALONE
+    weighings: Mapping[str, Weights | Gate] = measure.weighings_from_json(
+        value, contestant.entry.use, model, where=str(weights)
+    )
+    scores = contestant.score(texts)
+    lengths = [len(text.tokens) for text in texts]
+    sums = {
+        name: [float(part.sum()) for part in scores.log_probabilities(weighing).split(lengths)]
+        for name, weighing in weighings.items()
+    }
+    leaked = None
+    if contestant.store is not None:
+        leaked = leakage(contestant.store.ngrams(), [text.tokens for text in texts])
+    return {
+        "documents": [text.document.content_hash for text in texts],
+        "licenses": sorted({text.document.license for text in texts}),
+        "tokens": lengths,
+        "bytes": [bytes_of(text, model) for text in texts],
+        "log_probability": sums,
+        "mixtures": {name: measure.described(each, scores.evidence) for name, each in weighings.items()},
+        "leakage": leaked,
+    }
+
+
+def bytes_of(text: Text, model: LanguageModel) -> int:
+    """UTF-8 bytes of the passage that was scored."""
+    whole = text.document.full_text
+    found = model.tokenizer(whole, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    before = bytes_before(whole, [end for _, end in found["offset_mapping"]])
+    return int(before[text.begin + len(text.tokens)] - before[text.begin])
+
+
+def weights_file(contestant: Contestant, domain: Texts, suite: Suite, out: Path, base: Path) -> Path | None:
+    """The file of weights for one cell: the one that the suite names, or one fitted on validation text; None without
+    a store."""
+    entry = contestant.entry
+    if len(entry.use) == 1:
+        return None
+    if entry.weights is not None:
+        path = base / entry.weights
+        require_unfitted(read_json(path), domain, contestant, suite, path)
+        return path
+    texts = measure.sample(domain.validation, contestant.mixture, suite.fit_tokens)
+    fitted_on = {**contestant.described(), "windows": contestant.windows(), "fitted_on": measure.data_hash(texts)}
+    path = out / "weights" / f"{sha256(canonical_json(fitted_on))[:24]}.json"
+    if not path.is_file():
+        fitted = measure.fit_combinations(contestant.score(texts), entry.use)
+        mixtures = {name: each.to_json() for name, each in fitted.items()}
+        write_json(path, {**fitted_on, "mixtures": mixtures, "texts": sorted(text_hashes(texts))})
+    return path
+
+
+def text_hashes(texts: Sequence[Text]) -> Iterator[str]:
+    """The contents of the documents behind some texts."""
+    return (text.document.content_hash for text in texts)
+
+
+def require_unfitted(value: Any, domain: Texts, contestant: Contestant, suite: Suite, path: Path) -> None:
+    """Raise :class:`UsageError` if a file of weights was fitted on the text that is to be reported on."""
+    found = value if isinstance(value, dict) else {}
+    taught = {row["content_hash"] for row in found.get("provenance", {}).get("teachers", ())} | set(
+        found.get("texts", ())
+    )
+    texts = measure.sample(domain.test, contestant.mixture, suite.tokens)
+    same = found.get("fitted_on") == measure.data_hash(texts)
+    if same or taught & {each.content_hash for each in domain.test}:
+        raise UsageError(
+            f"{path} was fitted on the test text of {domain.name!r}; fit on validation text and report on other text"
+        )

@@ -1,0 +1,131 @@
+"""How fast texts are scored by a model alone, beside lm-evaluation-harness on the same model and windows.
+
+    pip install lm_eval
+    python scripts/bench_evaluation.py --model MODEL test.jsonl > scripts/results/evaluation.json
+
+Both are given the same model in memory, each document alone and windows that do not overlap, which is how the peer
+reads (``loglikelihood_rolling``). They take turns, the peer with each batch size; its best one counts. Time is that of
+the processor, on one thread, since other work on the machine stretches the clock's. The result must be equal to 1e-5 a
+token.
+
+Prints one JSON document: machine, command, commit, model, data hash, result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from recording import command, commit, files_hash, machine
+
+from eval.perplexity import PASSAGE_TOKENS
+from eval.protocols import Protocol
+from eval.scoring import Scorer
+from silo.documents import read_documents
+from silo.language_model import LanguageModel
+
+BATCHES = (1, 4, 16)
+"""Batch sizes that the peer is given."""
+WARM = 512
+"""Tokens that each scores before its time is taken."""
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--model", "path", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
+@click.option("--tokens", default=6000, show_default=True, help="Tokens that are scored a round.")
+@click.option("--context", default=1024, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> None:
+    """Measure, and print one JSON document."""
+    torch.set_num_threads(1)
+    model = LanguageModel.load(path)
+    texts = whole_texts(model, data, tokens)
+    result = measure(model, texts, Protocol("alone", context, context), rounds)
+    report = {
+        "machine": machine(),
+        "command": command(),
+        "commit": commit(),
+        "data": files_hash([data]),
+        "model": model.fingerprint,
+        "context": context,
+        "documents": len(texts),
+        "rounds": rounds,
+        "result": result,
+    }
+    print(json.dumps(report, indent=1))
+
+
+def whole_texts(model: LanguageModel, data: Path, tokens: int) -> list[str]:
+    """Documents of at least a passage each, until so many tokens are there."""
+    found: list[str] = []
+    count = 0
+    for document in read_documents(data):
+        size = len(model.tokenize(document))
+        if size >= PASSAGE_TOKENS:
+            found.append(document.full_text)
+            count += size
+        if count >= tokens:
+            break
+    return found
+
+
+def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: int) -> dict[str, Any]:
+    """Tokens a second of all in turn, and by how much the sums of a text differ."""
+    peers = {size: harness(model, protocol.context, size) for size in BATCHES}
+    ids = [
+        np.asarray(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        for text in texts
+    ]
+    count = sum(map(len, ids))
+    scorer = Scorer(model.model, next(iter(peers.values()))[0])
+    contestants: dict[str, Callable[[], list[float]]] = {
+        "silo": lambda: [math.fsum(each) for each in scorer.score(ids, protocol)],
+        **{f"lm_eval, batches of {size}": lambda peer=peer: peer(texts) for size, (_, peer) in peers.items()},
+    }
+    scorer.score([ids[0][:WARM]], protocol)
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    sums: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for name, contestant in contestants.items():
+            begun = time.process_time()
+            sums[name] = contestant()
+            rates[name].append(count / (time.process_time() - begun))
+            print(f"round {number + 1}: {name} {rates[name][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
+    middle = {name: statistics.median(each) for name, each in rates.items()}
+    best = max((name for name in middle if name != "silo"), key=middle.__getitem__)
+    apart = [abs(ours - theirs) / len(each) for ours, theirs, each in zip(sums["silo"], sums[best], ids, strict=True)]
+    return {
+        "tokens": count,
+        "tokens_per_second": rates,
+        "best_peer": best,
+        "times_the_best_peer": middle["silo"] / middle[best],
+        "largest_difference_a_token": max(apart),
+    }
+
+
+def harness(model: LanguageModel, context: int, batch: int) -> tuple[int, Callable[[Sequence[str]], list[float]]]:
+    """The peer's start token, and its rolling log-likelihood of some texts."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    peer = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch, max_length=context, device="cpu")
+
+    def score(texts: Sequence[str]) -> list[float]:
+        asked = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+        return peer.loglikelihood_rolling(asked, disable_tqdm=True)
+
+    return peer.prefix_token_id, score
+
+
+if __name__ == "__main__":
+    main()

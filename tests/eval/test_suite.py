@@ -1,0 +1,223 @@
+"""Suites: each cell measured once, with weights that never saw its test text, and compared document by document."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from datastore.store import Store
+from eval import suite_run
+from eval.perplexity import fit_combinations, perplexities, sample, score
+from eval.suite import Data, load_suite, read_domains
+from eval.suite_report import compare, markdown, read_result
+from silo.cli import main
+from silo.errors import DataError, IntegrityError, UsageError
+from silo.files import canonical_json
+from silo.mixture import Mixture
+
+USE = ["lm", "knn", "ngram"]
+
+
+@pytest.fixture(scope="module")
+def base(model, model_dir, control, documents, tmp_path_factory) -> Path:
+    """A directory with a model, a store of some owners' text, and their other text."""
+    root = tmp_path_factory.mktemp("suite")
+    (root / "model").symlink_to(model_dir)
+    store = Store.create(root / "store", model, model_dir / "tokenizer.json", control)
+    store.add([replace(each, text=each.text[:600]) for each in documents[:6]], model)
+    for name, begin in (("test", 200), ("val", 500)):
+        cut = [replace(each, id=f"{name}/{each.id}", text=each.text[begin : begin + 300]) for each in documents[:6]]
+        (root / f"{name}.jsonl").write_bytes(b"".join(canonical_json(each.to_json()) for each in cut))
+    return root
+
+
+@pytest.fixture
+def plan() -> dict:
+    return {
+        "name": "small",
+        "version": 3,
+        "reference": "alone",
+        "models": {"mixed": {"path": "model", "store": "store", "use": USE}, "alone": {"path": "model"}},
+        "domains": {"own": {"test": {"source": "test.jsonl"}, "validation": {"source": "val.jsonl"}}},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(plan: dict) -> Path:
+        path = tmp_path / "suite.yaml"
+        path.write_text(yaml.safe_dump(plan, sort_keys=False))
+        return path
+
+    return written
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+def invoke_json(*arguments: object) -> dict:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_numbers_are_those_of_eval_perplexity(base, plan, write, tmp_path, model):
+    """A cell has the perplexities of weights fitted on validation text, as `silo eval perplexity` fits and reports."""
+    plan |= {"tokens": 400, "fit_tokens": 300}
+    value = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    mixture = Store.open(base / "store").mixture(model, USE)
+    domain = read_domains(load_suite(write(plan)), base)[0]
+    fitted = fit_combinations(score(mixture, sample(domain.validation, mixture, 300)), USE)
+    expected = perplexities(score(mixture, sample(domain.test, mixture, 400)), fitted)
+    found = {row["mixture"]: row["perplexity"] for row in value["rows"] if row["model"] == "mixed"}
+    assert {name: each[0] for name, each in found.items()} == pytest.approx(expected, rel=1e-9)
+    assert list(found) == ["lm", "lm+knn", "lm+ngram", "all"]
+    assert all(low < middle < high for middle, low, high in found.values())
+    assert sum(value["cells"][0]["tokens"]) == 400
+    assert value["rows"][0]["leakage"]["longest"] > 0
+    assert value["cells"][1]["leakage"] is None
+    assert read_result(tmp_path / "out") == value
+
+
+def test_a_whole_documents_bytes_are_those_of_its_text(base, plan, write, tmp_path):
+    """Without a budget the bytes of a cell are the UTF-8 bytes of all its documents."""
+    value = invoke_json("suite", write(plan), "models={alone: {path: model}}", "--base", base, "--out", tmp_path / "o")
+    texts = read_domains(load_suite(write(plan)), base)[0].test
+    assert sorted(value["cells"][0]["bytes"]) == sorted(len(each.full_text.encode()) for each in texts)
+
+
+def test_what_is_there_is_not_measured_again(base, plan, write, tmp_path, monkeypatch):
+    """A second run, and one with another domain beside, score only what is new, and give the same result."""
+    out, scored = tmp_path / "out", []
+    real = suite_run.score_cell
+    monkeypatch.setattr(suite_run, "score_cell", lambda *given: scored.append(given[0].name) or real(*given))
+    first = invoke_json("suite", write(plan), "--base", base, "--out", out)
+    assert scored == ["mixed", "alone"]
+    again = invoke_json("suite", write(plan), "--base", base, "--out", out)
+    assert scored == ["mixed", "alone"]
+    assert again["rows"] == first["rows"]
+    plan["domains"]["half"] = {**plan["domains"]["own"], "test": {"source": "test.jsonl", "limit": 3}}
+    more = invoke_json("suite", write(plan), "--base", base, "--out", out)
+    assert scored == ["mixed", "alone", "mixed", "alone"]
+    assert [row for row in more["rows"] if row["domain"] == "own"] == first["rows"]
+
+
+def test_a_cell_that_was_changed_is_refused(base, plan, write, tmp_path):
+    """A finished cell with one number changed by hand is an error that names the file."""
+    plan["models"] = {"alone": {"path": "model"}}
+    invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    [cell] = (tmp_path / "out" / "cells").iterdir()
+    cell.write_text(cell.read_text().replace('"tokens":[', '"tokens":[1', 1))
+    result = invoke("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    assert result.exit_code == IntegrityError.exit_code
+    assert cell.name in result.stderr
+
+
+def test_fitting_on_test_text_is_refused(base, plan, write, tmp_path):
+    """Validation text that is test text is refused, and so is a file of weights that was fitted on it."""
+    out = tmp_path / "out"
+    plan["domains"]["own"]["validation"] = {"source": "test.jsonl"}
+    result = invoke("suite", write(plan), "--base", base, "--out", out)
+    assert result.exit_code == DataError.exit_code
+    assert "fit on validation text" in result.stderr
+    plan["domains"]["own"] = {"test": {"source": "val.jsonl"}, "validation": {"source": "test.jsonl"}}
+    invoke_json("suite", write(plan), "--base", base, "--out", out)
+    [weights] = (out / "weights").iterdir()
+    plan["domains"]["own"] = {"test": {"source": "test.jsonl"}}
+    plan["models"]["mixed"]["weights"] = str(weights)
+    result = invoke("suite", write(plan), "--base", base, "--out", out)
+    assert result.exit_code == UsageError.exit_code
+    assert f"{weights} was fitted on the test text" in result.stderr
+
+
+def test_weights_and_what_they_are_fitted_on_are_needed(base, plan, write, tmp_path):
+    """A mixture without weights or validation text is an error of use, before anything is measured."""
+    del plan["domains"]["own"]["validation"]
+    result = invoke("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    assert result.exit_code == UsageError.exit_code
+    assert "validation text" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_is_read_as_silo_reads(base, plan, write, tmp_path, model):
+    """With SILO's protocol a model and its mixture read the same windows, across documents."""
+    plan["protocol"] = {"kind": "stream", "context": 64, "stride": 32}
+    value = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    mixed, alone = value["cells"]
+    assert mixed["windows"] == plan["protocol"]
+    assert mixed["log_probability"]["lm"] == alone["log_probability"]["lm"]
+    protocol = load_suite(write(plan)).protocol
+    texts = sample(read_domains(load_suite(write(plan)), base)[0].test, Mixture(model), None)
+    stream = np.concatenate([text.tokens for text in texts])
+    expected = score(Mixture(model.reading_by(protocol.cut)), [replace(texts[0], tokens=stream)])
+    assert sum(alone["log_probability"]["lm"]) == pytest.approx(expected.lm.log().sum().item(), rel=1e-9)
+    own = score(Mixture(model), texts)
+    assert abs(own.lm.log().sum().item() - sum(alone["log_probability"]["lm"])) > 1
+
+
+def test_one_domain_for_each_owner(base, plan, write):
+    """``by_owner`` makes a domain of each owner, whose texts are all theirs."""
+    plan["domains"]["own"]["by_owner"] = True
+    domains = read_domains(load_suite(write(plan)), base)
+    assert [domain.name for domain in domains] == ["own: Ada", "own: Grace", "own: Mary"]
+    for domain in domains:
+        assert {f"own: {each.owner}" for side in (domain.test, domain.validation) for each in side} == {domain.name}
+
+
+def test_pinned_text_is_checked(base):
+    """Text with another hash than the suite states is refused."""
+    data = Data(source="test.jsonl", sha256="0" * 64)
+    with pytest.raises(DataError, match="the suite was written for 000000000000"):
+        data.read(base)
+
+
+def test_comparison_pairs_documents(base, plan, write, tmp_path):
+    """A result compared with itself differs by nothing; a worse mixture's ratio is that of the perplexities."""
+    value = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "a")
+    same = compare(value, value)["rows"]
+    assert [row["perplexity_ratio"] for row in same] == [[1.0, 1.0, 1.0]] * len(same)
+    [weights] = (tmp_path / "a" / "weights").iterdir()
+    worse = json.loads(weights.read_bytes())
+    worse["mixtures"]["all"] = {"weights": {"lm": 0.9, "knn": 0.05, "ngram": 0.05}, "temperature": 1.0}
+    (tmp_path / "worse.json").write_bytes(canonical_json(worse))
+    plan["models"]["mixed"]["weights"] = str(tmp_path / "worse.json")
+    invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "b")
+    rows = invoke_json("compare", tmp_path / "a", tmp_path / "b")["rows"]
+    [row] = [row for row in rows if row["mixture"] == "all"]
+    of = [
+        next(each for each in read_result(tmp_path / name)["rows"] if each["mixture"] == "all")["perplexity"][0]
+        for name in "ab"
+    ]
+    assert row["perplexity_ratio"][0] == pytest.approx(of[0] / of[1])
+    assert row["perplexity_ratio"][2] < 1
+    text = markdown(read_result(tmp_path / "b"))
+    assert "95 % bootstrap" in text
+    assert read_result(tmp_path / "b")["suite"]["digest"] in text
+
+
+@pytest.mark.parametrize("name", ["quickstart"])
+def test_ready_suites_load(name):
+    """Every suite that comes with SILO can be read."""
+    assert load_suite(Path(name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reference": "third"}, "expected one of mixed, alone"),
+        ({"models": {}}, "0 models"),
+        ({"domains": {"own": {"tests": {}}}}, "expected test, validation"),
+        ({"models": {"mixed": {"path": "model", "use": ["knn"]}}}, "use is"),
+        ({"models": {"mixed": {"path": "model", "use": USE}}}, "need one"),
+        ({"protocol": {"kind": "other"}}, "expected one of alone, stream"),
+    ],
+)
+def test_impossible_suites_are_refused(plan, write, change, said):
+    """What no suite can say is an error of use that says what it could."""
+    with pytest.raises(UsageError, match=said):
+        load_suite(write(plan | change))
