@@ -44,7 +44,8 @@ class Data:
     """Some documents of a source."""
 
     source: str
-    """What `silo corpus collect` takes, or the directory of one side of a corpus."""
+    """What `silo corpus collect` takes, or the directory of one side of a corpus. ``hf:./DIR`` is a local folder, read
+    as a data set of the hub is. Packages of PyPI are looked for in ``downloads`` of the base, and put there."""
     split: str | None = None
     """Of a corpus, its file; of any other source, the documents whose ids put them there (10 % test, 10 % val)."""
     owner: str | None = None
@@ -93,10 +94,13 @@ class Data:
                 raise UsageError(f"{path} is a corpus; say which split of it the suite means")
             yield from Corpus.open(path).documents(self.split)
             return
-        spec = self.source if remote else str(path)
         if self.source.startswith("hf:./"):
-            spec = f"hf:{base / self.source.removeprefix('hf:./')}"
-        for document in open_source(spec, recipe=Path(self.recipe) if self.recipe else None):
+            path = base / self.source.removeprefix("hf:")
+            spec = f"hf:{path}"
+        else:
+            spec = self.source if remote else str(path)
+        recipe = Path(self.recipe) if self.recipe else None
+        for document in open_source(spec, downloads=base / "downloads", recipe=recipe):
             if self.split is None or split_of(document.id, "restricted") == self.split:
                 yield document
 
@@ -112,6 +116,10 @@ class Domain:
     """Text that the weights might have learnt from; it is no part of the gap."""
     by_owner: bool = False
     """Make a domain of each owner."""
+    tokens: int | None = None
+    """Of its test text, in place of the suite's."""
+    fit_tokens: int | None = None
+    """Of its validation text, in place of the suite's."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +209,10 @@ def _domain(value: dict[str, Any], where: str) -> Domain:
     for name in ("test", "validation"):
         if given.get(name) is not None:
             given[name] = build(Data, _group(given[name], name), where=f"{where}: {name}")
-    unknown = sorted(set(given) - {"test", "validation", "permissive", "by_owner"})
+    unknown = sorted(set(given) - set(Domain.__dataclass_fields__))
     if unknown or "test" not in given:
         raise UsageError(
-            f"{where} has {', '.join(given) or 'nothing'}; expected test, validation, permissive, by_owner"
+            f"{where} has {', '.join(given) or 'nothing'}; expected {', '.join(Domain.__dataclass_fields__)}"
         )
     return Domain(**given)
 
@@ -223,6 +231,8 @@ class Texts:
     permissive: bool
     test: list[Document]
     validation: list[Document]
+    tokens: int | None
+    fit_tokens: int | None
 
 
 def read_domains(suite: Suite, base: Path) -> list[Texts]:
@@ -231,12 +241,13 @@ def read_domains(suite: Suite, base: Path) -> list[Texts]:
     for name, domain in suite.domains.items():
         test = domain.test.read(base)
         validation = domain.validation.read(base) if domain.validation else []
+        budgets = (domain.tokens or suite.tokens, domain.fit_tokens or suite.fit_tokens)
         if not domain.by_owner:
-            found.append(Texts(name, domain.permissive, test, validation))
+            found.append(Texts(name, domain.permissive, test, validation, *budgets))
             continue
         for owner in sorted({document.owner for document in test}):
             own = [[each for each in side if each.owner == owner] for side in (test, validation)]
-            found.append(Texts(f"{name}: {owner}", domain.permissive, own[0], own[1]))
+            found.append(Texts(f"{name}: {owner}", domain.permissive, own[0], own[1], *budgets))
     return found
 
 

@@ -32,7 +32,7 @@ def render_suite(value: dict[str, Any]) -> None:
 )
 @reports(render_suite)
 def suite(suite: Path, overrides: tuple[str, ...], out: Path, base: Path) -> dict[str, Any]:
-    """Measure the models of SUITE on its domains, and write result.json, result.md and result.html to --out.
+    """Measure the models of SUITE on its domains, and write result.json and result.md to --out.
 
     SUITE is a YAML file, or the name of one that comes with SILO: quickstart, pypi or silo14. Settings can be changed
     by key=value. What --out already holds is not measured again.

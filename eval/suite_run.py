@@ -127,7 +127,7 @@ def run(suite: Suite, out: Path, base: Path, progress: Progress | None = None) -
     for name, entry in suite.models.items():
         contestant = Contestant.open(name, entry, suite.protocol, base)
         for domain in domains:
-            record = measured(contestant, domain, suite, out, base)
+            record = measured(contestant, domain, out, base)
             cells.append(Cell(name, domain.name, domain.permissive, record))
             if progress:
                 progress(len(cells), total)
@@ -145,10 +145,10 @@ def require_weights(suite: Suite, domains: Sequence[Texts]) -> None:
                 )
 
 
-def measured(contestant: Contestant, domain: Texts, suite: Suite, out: Path, base: Path) -> dict[str, Any]:
+def measured(contestant: Contestant, domain: Texts, out: Path, base: Path) -> dict[str, Any]:
     """One cell, from its file if it is there."""
-    weights = weights_file(contestant, domain, suite, out, base)
-    texts = measure.sample(domain.test, contestant.mixture, suite.tokens)
+    weights = weights_file(contestant, domain, out, base)
+    texts = measure.sample(domain.test, contestant.mixture, domain.tokens)
     determined = {
         "format": FORMAT,
         **contestant.described(),
@@ -199,7 +199,7 @@ def bytes_of(text: Text, model: LanguageModel) -> int:
     return int(before[text.begin + len(text.tokens)] - before[text.begin])
 
 
-def weights_file(contestant: Contestant, domain: Texts, suite: Suite, out: Path, base: Path) -> Path | None:
+def weights_file(contestant: Contestant, domain: Texts, out: Path, base: Path) -> Path | None:
     """The file of weights for one cell: the one that the suite names, or one fitted on validation text; None without
     a store."""
     entry = contestant.entry
@@ -207,9 +207,9 @@ def weights_file(contestant: Contestant, domain: Texts, suite: Suite, out: Path,
         return None
     if entry.weights is not None:
         path = base / entry.weights
-        require_unfitted(read_json(path), domain, contestant, suite, path)
+        require_unfitted(read_json(path), domain, contestant, path)
         return path
-    texts = measure.sample(domain.validation, contestant.mixture, suite.fit_tokens)
+    texts = measure.sample(domain.validation, contestant.mixture, domain.fit_tokens)
     fitted_on = {**contestant.described(), "windows": contestant.windows(), "fitted_on": measure.data_hash(texts)}
     path = out / "weights" / f"{sha256(canonical_json(fitted_on))[:24]}.json"
     if not path.is_file():
@@ -224,13 +224,13 @@ def text_hashes(texts: Sequence[Text]) -> Iterator[str]:
     return (text.document.content_hash for text in texts)
 
 
-def require_unfitted(value: Any, domain: Texts, contestant: Contestant, suite: Suite, path: Path) -> None:
+def require_unfitted(value: Any, domain: Texts, contestant: Contestant, path: Path) -> None:
     """Raise :class:`UsageError` if a file of weights was fitted on the text that is to be reported on."""
     found = value if isinstance(value, dict) else {}
     taught = {row["content_hash"] for row in found.get("provenance", {}).get("teachers", ())} | set(
         found.get("texts", ())
     )
-    texts = measure.sample(domain.test, contestant.mixture, suite.tokens)
+    texts = measure.sample(domain.test, contestant.mixture, domain.tokens)
     same = found.get("fitted_on") == measure.data_hash(texts)
     if same or taught & {each.content_hash for each in domain.test}:
         raise UsageError(

@@ -200,10 +200,46 @@ def test_comparison_pairs_documents(base, plan, write, tmp_path):
     assert read_result(tmp_path / "b")["suite"]["digest"] in text
 
 
-@pytest.mark.parametrize("name", ["quickstart"])
+@pytest.mark.parametrize("name", ["quickstart", "pypi", "silo14"])
 def test_ready_suites_load(name):
-    """Every suite that comes with SILO can be read."""
-    assert load_suite(Path(name)).name == name
+    """Every suite that comes with SILO can be read, and each of its packages is pinned by its hash."""
+    suite = load_suite(Path(name))
+    assert suite.name == name
+    sources = [data.source for domain in suite.domains.values() for data in (domain.test, domain.validation) if data]
+    assert all("==" in source and "#sha256=" in source for source in sources if source.startswith("pypi:"))
+
+
+def rows_of_hub(source: str, of: str | None, number: int) -> dict:
+    """A row in the fields of the data set that silo14 names."""
+    text = f"{of or source}, text {number}"
+    if "pile" in source:
+        return {"text": text, "meta": {"pile_set_name": of}}
+    return {"content": text, "title": "t", "label": 1} if "amazon" in source else {"text": text, "title": "t"}
+
+
+def test_silo14_has_fourteen_domains_with_the_hubs_fields(tmp_path):
+    """From local folders with the hub's fields each of the fourteen domains gets its own text, test and validation."""
+    suite = load_suite(Path("silo14"))
+    rows: dict[str, list[dict]] = {}
+    for domain in suite.domains.values():
+        source = domain.test.source.removeprefix("hf:")
+        rows.setdefault(source, []).extend(rows_of_hub(source, domain.test.of, number) for number in range(40))
+    settings = []
+    for source, own in rows.items():
+        (tmp_path / source).mkdir(parents=True)
+        (tmp_path / source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for name, domain in suite.domains.items():
+        local = domain.test.source.replace("hf:", "hf:./").replace("silo14/", "hf:./silo14/")
+        settings += [f"domains.{name}.{side}.source={local}" for side in ("test", "validation")]
+    domains = read_domains(load_suite(Path("silo14"), tuple(settings)), tmp_path)
+    assert len(domains) == 14
+    assert sum(domain.permissive for domain in domains) == 3
+    for domain, described in zip(domains, suite.domains.values(), strict=True):
+        of = described.test.of or described.test.source.removeprefix("hf:")
+        for side in (domain.test, domain.validation):
+            assert side
+            assert all(each.text.startswith(f"{of}, text") for each in side)
+        assert not {each.id for each in domain.test} & {each.id for each in domain.validation}
 
 
 @pytest.mark.parametrize(
