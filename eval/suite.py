@@ -33,6 +33,7 @@ from silo.corpus import Corpus, split_of
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json, sha256
+from silo.hub import hub_documents, load_recipe
 from silo.sources import open_source
 from silo.weights import METHODS
 
@@ -94,13 +95,15 @@ class Data:
                 raise UsageError(f"{path} is a corpus; say which split of it the suite means")
             yield from Corpus.open(path).documents(self.split)
             return
+        recipe = Path(self.recipe) if self.recipe else None
         if self.source.startswith("hf:./"):
-            path = base / self.source.removeprefix("hf:")
-            spec = f"hf:{path}"
+            # Ids hang on what the suite says, not on where its base lies: the same text is the test text everywhere.
+            name = self.source.removeprefix("hf:")
+            found = hub_documents(str(base / name), load_recipe(recipe, name), lambda _: None, called=name)
         else:
             spec = self.source if remote else str(path)
-        recipe = Path(self.recipe) if self.recipe else None
-        for document in open_source(spec, downloads=base / "downloads", recipe=recipe):
+            found = open_source(spec, downloads=base / "downloads", recipe=recipe)
+        for document in found:
             if self.split is None or split_of(document.id, "restricted") == self.split:
                 yield document
 

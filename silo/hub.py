@@ -82,8 +82,10 @@ def load_recipe(path: Path | None, name: str) -> Recipe:
     return Recipe()
 
 
-def hub_documents(name: str, recipe: Recipe, note: Note) -> Iterator[Document]:
+def hub_documents(name: str, recipe: Recipe, note: Note, *, called: str = "") -> Iterator[Document]:
     """All splits of a data set, as a stream. NAME is a data set of the hub or a local directory, with ``#CONFIG``.
+
+    CALLED stands for NAME in the documents' ids, for a directory whose place must not decide their splits.
 
     Raises:
         DataError: it cannot be read, or a row is no document.
@@ -96,7 +98,11 @@ def hub_documents(name: str, recipe: Recipe, note: Note) -> Iterator[Document]:
         for split in sorted(splits):
             for number, row in enumerate(splits[split]):
                 yield document_of_row(
-                    row, recipe, name=f"hf:{name}", default_id=f"{split}/{number}", config=config or Path(path).name
+                    row,
+                    recipe,
+                    name=f"hf:{called or name}",
+                    default_id=f"{split}/{number}",
+                    config=config or Path(path).name,
                 )
     except (DataError, UsageError):
         raise

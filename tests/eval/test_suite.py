@@ -223,7 +223,7 @@ def test_silo14_has_fourteen_domains_with_the_hubs_fields(tmp_path):
     rows: dict[str, list[dict]] = {}
     for domain in suite.domains.values():
         source = domain.test.source.removeprefix("hf:")
-        rows.setdefault(source, []).extend(rows_of_hub(source, domain.test.of, number) for number in range(40))
+        rows.setdefault(source, []).extend(rows_of_hub(source, domain.test.of, number) for number in range(60))
     settings = []
     for source, own in rows.items():
         (tmp_path / source).mkdir(parents=True)
@@ -231,7 +231,8 @@ def test_silo14_has_fourteen_domains_with_the_hubs_fields(tmp_path):
     for name, domain in suite.domains.items():
         local = domain.test.source.replace("hf:", "hf:./").replace("silo14/", "hf:./silo14/")
         settings += [f"domains.{name}.{side}.source={local}" for side in ("test", "validation")]
-    domains = read_domains(load_suite(Path("silo14"), tuple(settings)), tmp_path)
+    plan = load_suite(Path("silo14"), tuple(settings))
+    domains = read_domains(plan, tmp_path)
     assert len(domains) == 14
     assert sum(domain.permissive for domain in domains) == 3
     for domain, described in zip(domains, suite.domains.values(), strict=True):
@@ -240,6 +241,11 @@ def test_silo14_has_fourteen_domains_with_the_hubs_fields(tmp_path):
             assert side
             assert all(each.text.startswith(f"{of}, text") for each in side)
         assert not {each.id for each in domain.test} & {each.id for each in domain.validation}
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for source in {Path(source).parts[0] for source in rows}:
+        (tmp_path / source).rename(moved / source)
+    assert read_domains(plan, moved) == domains
 
 
 @pytest.mark.parametrize(
