@@ -55,32 +55,45 @@ def draw(title: str, panels: Sequence[Panel]) -> str:
     return _svg(fill, 6.4, sum(_height(panel) for panel in panels) + 0.4)
 
 
-def draw_matrices(title: str, matrices: dict[str, Any], *, columns: int = 4) -> str:
-    """Square matrices with values from -1 to 1 as grey tiles, dark where near 1, each value in its tile where there is
-    room."""
-    rows = math.ceil(len(matrices) / columns)
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix as grey tiles, dark where high."""
+
+    name: str
+    values: Sequence[Sequence[float]]
+    low: float
+    high: float
+    row_names: Sequence[str] = field(default=())
+
+
+def draw_tiles(title: str, tiles: Sequence[Tiles], *, columns: int = 2) -> str:
+    """Draw matrices row by row, each value in its tile where there is room."""
+    rows = math.ceil(len(tiles) / columns)
 
     def fill(figure: Any) -> None:
         figure.suptitle(title, fontsize=11)
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axes, (name, matrix) in zip(grid, matrices.items(), strict=False):
-            axes.imshow(matrix, cmap="Greys", vmin=-0.2, vmax=1)
-            axes.set_title(name, fontsize=9)
-            axes.tick_params(labelsize=7)
-            if len(matrix) <= 8:
-                for (row, column), value in ((at, matrix[at[0]][at[1]]) for at in _cells(len(matrix))):
-                    axes.text(
-                        column, row, f"{value:.2f}", ha="center", va="center", size=5,
-                        color="white" if value > 0.5 else "black",
-                    )  # fmt: skip
-        for axes in grid[len(matrices) :]:
+        for axes, each in zip(grid, tiles, strict=False):
+            _tile(axes, each)
+        for axes in grid[len(tiles) :]:
             axes.set_visible(False)
 
-    return _svg(fill, 6.4, 1.9 * rows + 0.5)
+    return _svg(fill, 6.4, 2.4 * rows + 0.5)
 
 
-def _cells(size: int) -> list[tuple[int, int]]:
-    return [(row, column) for row in range(size) for column in range(size)]
+def _tile(axes: Any, tiles: Tiles) -> None:
+    axes.imshow(tiles.values, cmap="Greys", vmin=tiles.low, vmax=tiles.high, aspect="auto", interpolation="none")
+    axes.set_title(tiles.name, fontsize=9)
+    axes.tick_params(labelsize=7)
+    if tiles.row_names:
+        axes.set_yticks(range(len(tiles.row_names)), tiles.row_names, size=7)
+    if max(len(tiles.values), len(tiles.values[0])) > 10:
+        return
+    for row, of_row in enumerate(tiles.values):
+        for column, value in enumerate(of_row):
+            dark = value - tiles.low > 0.6 * (tiles.high - tiles.low)
+            ink = "#ffffff" if dark else "#000000"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=6, color=ink)
 
 
 def _height(panel: Panel) -> float:

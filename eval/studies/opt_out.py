@@ -23,12 +23,11 @@ from datastore.selection import Selection
 from datastore.store import Store
 from eval.perplexity import Scores, Text, score
 from eval.studies.figure import Panel, Series, draw
-from eval.studies.subject import Progress, Subject, Weighings, rows_of
+from eval.studies.subject import Progress, Subject, Weighings, most, rows_of
 from silo.documents import Document
 from silo.errors import UsageError
 from silo.files import sha256
 from silo.markup import visible
-from silo.weights import METHODS
 
 MOMENTS = ("before", "after", "never")
 
@@ -141,16 +140,6 @@ def digest(scores: Scores, weighings: Weighings) -> str:
     said = [each for each in (scores.distances, scores.hits, *scores.given.values()) if each is not None]
     logs = [scores.log_probabilities(each) for each in weighings.values()]
     return sha256(b"".join(each.numpy().tobytes() for each in (*logs, *said)))
-
-
-def most(names: Sequence[str]) -> str:
-    """Of some mixtures, that of most methods."""
-    return max(names, key=lambda name: (name in ("all", "gate"), name != "lm", -_place(name)))
-
-
-def _place(name: str) -> int:
-    method = name.removeprefix("lm+")
-    return METHODS.index(method) if method in METHODS else len(METHODS)
 
 
 def figure(result: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from silo.files import read_json
 from silo.gate import Gate
 from silo.language_model import LanguageModel
 from silo.mixture import Mixture
-from silo.weights import Weights
+from silo.weights import METHODS, Weights
 
 Progress = Callable[[int, int], None]
 Weighings = Mapping[str, Weights | Gate]
@@ -96,7 +96,7 @@ class Subject:
 
     def texts(self, documents: Sequence[Document], budget: int | None = None) -> list[Text]:
         """What is read of some documents, by default within the subject's budget."""
-        return measure.sample(documents, Mixture(self.model), budget or self.budget)
+        return sampled(self.model, documents, budget or self.budget)
 
     def weighings(self, mixture: Mixture) -> Weighings:
         """The weights that were given; else such as are fitted with this mixture on the validation text."""
@@ -126,6 +126,11 @@ class Subject:
         }
 
 
+def sampled(model: LanguageModel, documents: Sequence[Document], budget: int | None) -> list[Text]:
+    """What a model reads of some documents, within a budget of tokens."""
+    return measure.sample(documents, Mixture(model), budget)
+
+
 def rows_of(store: Store) -> list[DocumentRow]:
     """The documents of a store, shard by shard."""
     return [row for rows in store.rows().values() for row in rows]
@@ -147,3 +152,13 @@ def take(scores: Scores, texts: Sequence[int]) -> Scores:
         {name: value[where] for name, value in scores.evidence.items()},
         [scores.lengths[number] for number in texts],
     )
+
+
+def most(names: Sequence[str]) -> str:
+    """Of some mixtures, that of most methods."""
+    return max(names, key=lambda name: (name in ("all", "gate"), name != "lm", -_place(name)))
+
+
+def _place(name: str) -> int:
+    method = name.removeprefix("lm+")
+    return METHODS.index(method) if method in METHODS else len(METHODS)
