@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from datastore.generate_cli import policy_options
+from eval.options import parse_methods, require_options
+from eval.study_cli import study
 from eval.suite_cli import compare, suite
 from silo.cli import reports
-from silo.errors import UsageError
 
 if TYPE_CHECKING:
     from datastore.policy import QueryPolicy
@@ -23,22 +24,12 @@ if TYPE_CHECKING:
     from silo.mixture import Mixture
     from silo.weights import Weights
 
-METHODS = ("lm", "knn", "ric", "ngram")
 MODEL_ALONE = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
 
 
 @click.group("eval")
 def evaluate() -> None:
     """Measure perplexity with and without the store."""
-
-
-def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    """Read ``lm,knn,ric``."""
-    methods = value.split(",")
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
-        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn, ric and ngram, such as lm,knn")
-    return methods
 
 
 def render(value: dict[str, Any]) -> None:
@@ -133,16 +124,6 @@ def perplexity(
     }
 
 
-def require_options(methods: list[str], store: Path | None, fit_on: Path | None, weights: Path | None) -> None:
-    """Raise :class:`UsageError` for options that do not fit together."""
-    if fit_on and weights:
-        raise UsageError("--fit and --weights were both given; choose one")
-    if len(methods) > 1 and store is None:
-        raise UsageError(f"--use {','.join(methods)} needs --store")
-    if len(methods) > 1 and not (fit_on or weights):
-        raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
-
-
 def open_mixture(
     lm: LanguageModel, store: Path | None, methods: list[str], asked: Sequence[Document], policy: QueryPolicy
 ) -> tuple[Mixture, dict[str, Any]]:
@@ -227,3 +208,4 @@ def gate(
 
 evaluate.add_command(suite)
 evaluate.add_command(compare)
+evaluate.add_command(study)
