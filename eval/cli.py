@@ -12,6 +12,7 @@ from rich.table import Table
 
 from datastore.generate_cli import policy_options
 from eval.suite_cli import compare, suite
+from eval.zero_shot_cli import zero_shot
 from silo.cli import reports
 from silo.errors import UsageError
 
@@ -227,3 +228,4 @@ def gate(
 
 evaluate.add_command(suite)
 evaluate.add_command(compare)
+evaluate.add_command(zero_shot)
