@@ -14,6 +14,7 @@ from datastore.generate_cli import policy_options
 from eval.options import parse_methods, require_options
 from eval.study_cli import study
 from eval.suite_cli import compare, suite
+from eval.zero_shot_cli import zero_shot
 from silo.cli import reports
 
 if TYPE_CHECKING:
@@ -209,3 +210,4 @@ def gate(
 evaluate.add_command(suite)
 evaluate.add_command(compare)
 evaluate.add_command(study)
+evaluate.add_command(zero_shot)
