@@ -24,6 +24,8 @@ class Workers:
         self.done, self.order = 0, []
 
     def works(self, name, steps, times=1):
+        """A contestant."""
+
         def call():
             self.order.append(name)
             for _ in range(times):
@@ -37,6 +39,7 @@ class Workers:
 
     @property
     def clocks(self):
+        """What :func:`compete` takes."""
         return {"wall": lambda: float(self.done)}
 
 
