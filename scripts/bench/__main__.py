@@ -11,6 +11,7 @@ import click
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # from which scripts import each other
 
 SUBJECTS = {
+    "bm25": "BM25 beside Pyserini and bm25s.",
     "ceiling": "What the machine can do at best.",
     "compare": "Two recorded runs: what got worse.",
 }

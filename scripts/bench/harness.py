@@ -75,15 +75,15 @@ class Contest(NamedTuple):
         """How many times as fast as the other a contestant is."""
         return self.times(other, name, clock)
 
-    def beside(self, peer: str, clocks: Sequence[str] = ("wall", "processor")) -> dict[str, Any]:
-        """For the record: what all contestants do a second, and how many times as fast as one of them they are."""
-        names = list(self.seconds[clocks[0]])
+    def told(self, ours: str) -> dict[str, Any]:
+        """For the record, by clock: what all contestants do a second, and how many times as fast as each other one of
+        them is."""
         return {
             clock: {
-                "per_second": {name: self.rate(name, clock) for name in names},
-                f"speed_beside_{peer}": {name: self.speed(name, peer, clock) for name in names if name != peer},
+                "per_second": {name: self.rate(name, clock) for name in of},
+                "speed_over": {name: self.speed(ours, name, clock) for name in of if name != ours},
             }
-            for clock in clocks
+            for clock, of in self.seconds.items()
         }
 
 

@@ -154,10 +154,20 @@ def mixing(result: Record, name: str) -> Iterator[Ratio]:
                 yield Ratio("neighbours alone", f"{peer}'s loop", found, "higher", 10.0, clock)  # type: ignore[arg-type]
 
 
+def bm25(result: Record, _: str) -> Iterator[Ratio]:
+    """Building and searching an index of blocks beside Pyserini and bm25s."""
+    for size, found in result.items():
+        for doing in ("building", "searching"):
+            for clock, of in found[doing].items():
+                for peer, speed in of["speed_over"].items():
+                    yield Ratio(f"BM25, {doing} {int(size):,} blocks", peer, Measured(*speed), clock=clock)
+
+
 READERS: dict[str, Callable[[Record, str], Iterator[Ratio]]] = {
     "model": model,
     "training_step": training_step,
     "store": store,
+    "bm25": bm25,
     "ngram": ngram,
     "mixing": mixing,
     "evaluation": evaluation,
