@@ -13,6 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # from which scripts 
 SUBJECTS = {
     "bm25": "BM25 beside Pyserini and bm25s.",
     "ceiling": "What the machine can do at best.",
+    "growth": "How cost grows with tokens and owners.",
     "compare": "Two recorded runs: what got worse.",
 }
 
