@@ -14,6 +14,7 @@ SUBJECTS = {
     "bm25": "BM25 beside Pyserini and bm25s.",
     "ceiling": "What the machine can do at best.",
     "growth": "How cost grows with tokens and owners.",
+    "opening": "Opening a store beside FAISS alone.",
     "compare": "Two recorded runs: what got worse.",
 }
 

@@ -163,11 +163,20 @@ def bm25(result: Record, _: str) -> Iterator[Ratio]:
                     yield Ratio(f"BM25, {doing} {int(size):,} blocks", peer, Measured(*speed), clock=clock)
 
 
+def opening(result: Record, _: str) -> Iterator[Ratio]:
+    """Opening a store beside FAISS alone."""
+    for clock, of in result["speed_over"].items():
+        for name, peers in of.items():
+            for peer, speed in peers.items():
+                yield Ratio(f"opening, {name.removeprefix('silo, ')}", peer, Measured(*speed), clock=clock)
+
+
 READERS: dict[str, Callable[[Record, str], Iterator[Ratio]]] = {
     "model": model,
     "training_step": training_step,
     "store": store,
     "bm25": bm25,
+    "opening": opening,
     "ngram": ngram,
     "mixing": mixing,
     "evaluation": evaluation,

@@ -47,6 +47,8 @@ def test_a_run_is_recorded_and_read(bm25, file):
         f"BM25, {doing} {size} blocks" for doing in ("building", "searching") for size in (20, 40, 80)
     }
     assert set(record["growth"]) == {"silo", "pyserini"}
+    said = importlib.import_module("render_bench").bm25(record | {"command": "python scripts/bench bm25 f.jsonl"})
+    assert said.count("| pyserini |") == 3
     for found in record["result"].values():
         assert found["ceiling"]["share"] > 0
         assert found["ceiling"]["bytes"] > 0

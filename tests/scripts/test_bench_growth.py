@@ -47,18 +47,30 @@ def test_work_is_a_share_of_the_ceiling(growth):
     }
 
 
-def test_a_run_over_small_stores(growth, model_dir, tmp_path):
-    """Every cost is told at every size with its exponent, and stores that are kept are not made again."""
+@pytest.fixture(scope="module")
+def small(model_dir, tmp_path_factory):
+    """What to type: some documents of both sides, the model, and where stores are kept."""
+    root = tmp_path_factory.mktemp("growth")
     rows = sorted(open_source("python:accelerate"), key=lambda row: row.id)[:60]
     texts = [row.to_json() | {"text": row.text[:3000]} for row in rows if len(row.text) > 3000]
     for number, row in enumerate(texts):
         row |= {"license": "MIT" if number % 2 else "GPL-3.0-only", "owner": f"author {number}"}
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    sizes = [f"--tokens={n}" for n in (1000, 2000, 4000)] + [f"--owners={n}" for n in (4, 5, 6)]
-    typed = [tmp_path / "texts.jsonl", "--model", model_dir, "--stores", tmp_path / "stores", *sizes]
-    typed += ["--owned-tokens", "4000", "--rounds", "2"]
-    done = CliRunner().invoke(growth.main, list(map(str, typed)), catch_exceptions=False)
-    record = json.loads(done.stdout)
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    typed = [root / "texts.jsonl", "--model", model_dir, "--stores", root / "stores", "--rounds", "2"]
+    return [*map(str, typed), "--owned-tokens=4000", *(f"--owners={n}" for n in (4, 5, 6))]
+
+
+def run(module, typed):
+    """The record of a run that is sound."""
+    done = CliRunner().invoke(module.main, typed, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout) | {"command": "python scripts/bench it f.jsonl"}
+
+
+def test_a_run_over_small_stores(growth, small):
+    """Every cost is told at every size with its exponent, and stores that are kept are not made again."""
+    typed = [*small, *(f"--tokens={n}" for n in (1000, 2000, 4000))]
+    record = run(growth, typed)
     assert {of: set(found) for of, found in record["result"].items()} == {
         "tokens": {
             "a query for neighbours",
@@ -74,9 +86,35 @@ def test_a_run_over_small_stores(growth, model_dir, tmp_path):
         assert set(found["wall"]["seconds"]) == {"1000", "2000", "4000"}
         assert len(found["wall"]["exponent"]) == 3
     assert set(record["projected"]) == {"1000000000", "100000000000"}
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("*")}
-    again = CliRunner().invoke(growth.main, list(map(str, typed)), catch_exceptions=False)
-    assert again.exit_code == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("*") if path.name != ".lock"} == {
-        path: at for path, at in made.items() if path.name != ".lock"
+    assert importlib.import_module("render_bench").growth(record).count("| opening |") == 3  # and where it would go
+    stores = Path(typed[typed.index("--stores") + 1])
+    made = {path: path.stat().st_mtime_ns for path in stores.rglob("*")}
+    run(growth, typed)
+    assert {path: path.stat().st_mtime_ns for path in stores.rglob("*")} == made
+
+
+def test_opening_beside_faiss(growth, small, monkeypatch):
+    """Stores and FAISS find the same neighbours, and each is told; a FAISS that reads other lists stops the run."""
+    opening = importlib.import_module("bench.opening")
+    record = run(opening, small)
+    ratios = importlib.import_module("bench.ratios").ratios(
+        record | {"command": "python scripts/bench opening f.jsonl"}
+    )
+    assert {(each.what, each.peer) for each in ratios} == {
+        (f"opening, {n} owners", peer) for n in (4, 5, 6) for peer in ("FAISS, read", "FAISS, mapped")
     }
+    assert importlib.import_module("render_bench").opening(record).count("| silo, ") == 3
+    monkeypatch.setattr(opening, "PROBES", 1)
+    done = CliRunner().invoke(opening.main, small)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert " gave " in done.stderr.splitlines()[-1]
+
+
+def test_the_ceiling(growth):
+    """Each rate is told with one thread and with all, and rendered."""
+    ceiling = importlib.import_module("bench.ceiling")
+    record = run(ceiling, ["--rounds", "1"])
+    assert set(record["result"]) == {"copy", "triad", "matmul", "random"}
+    assert all(of["1"][0] > 0 for of in record["result"].values())
+    assert "copying, GB/s" in importlib.import_module("render_bench").ceiling(record)
