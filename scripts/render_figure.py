@@ -51,7 +51,7 @@ def figure(records: dict[str, Any]) -> str:
         _text(
             8,
             38,
-            "● reached its goal · ○ missed it · ◆ had none · a short stroke stands at the goal, the grey line at 1",
+            "● reached its goal · ○ missed it · ◆ had none; a short stroke stands at the goal",
         ),
     ]
     for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000):

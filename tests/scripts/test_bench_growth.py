@@ -64,7 +64,7 @@ def run(module, typed):
     """The record of a run that is sound."""
     done = CliRunner().invoke(module.main, typed, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout) | {"command": "python scripts/bench it f.jsonl"}
+    return json.loads(done.stdout) | {"command": f"python scripts/bench {module.__name__.partition('.')[2]} f.jsonl"}
 
 
 def test_a_run_over_small_stores(growth, small):
