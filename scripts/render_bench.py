@@ -65,6 +65,7 @@ def bm25(record: dict[str, Any]) -> str:
     )
     grown = ", ".join(f"{engine} {measured(found)}" for engine, found in record["growth"].items())
     last = list(record["result"].values())[-1]["ceiling"]
+    peers = ", ".join(f"{name} {number}" for name, number in record["peers"].items())
     return f"""## BM25 beside Pyserini and bm25s
 
 Restricted text in blocks of 96 words; {record["queries"]} queries of 32 different words of other documents, the \
@@ -72,6 +73,7 @@ Restricted text in blocks of 96 words; {record["queries"]} queries of 32 differe
 bm25s has its index in memory; ours and Pyserini's are Lucene's. An index is built once.
 
 {provenance(record)}
+- Peers: {peers}
 
 | blocks | engine | built: blocks/s | queries/s | our speed over it, by the clock | by processor time |
 |---:|:---|---:|---:|---:|---:|

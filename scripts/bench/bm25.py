@@ -33,7 +33,7 @@ import torch
 from recording import files_hash
 
 from bench import ceiling
-from bench.harness import Contest, alike, compete, exponent, say, subject
+from bench.harness import Contest, alike, compete, exponent, say, subject, versions
 from datastore.bm25 import K1, B, Block, BM25Searcher, build_index
 from datastore.jvm import java_class
 from silo.files import sha256
@@ -86,6 +86,7 @@ def main(files: tuple[Path, ...], sizes: tuple[int, ...], queries: int, k: int, 
         "k": k,
         "queries": queries,
         "rounds": rounds,
+        "peers": versions("pyserini", "bm25s", "numba"),
         "ceiling": roof.told(),
         "result": result,
         "growth": growth(contests) if len(sizes) > 2 else None,

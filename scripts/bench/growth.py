@@ -195,7 +195,7 @@ def grown_by_tokens(stores: dict[int, Store], asked: Asked, roof: Ceiling, root:
 def grown_by_owners(stores: dict[int, Store], asked: Asked, roof: Ceiling, root: Path, rounds: int) -> dict[str, Any]:
     """Opening, and removing an owner, by the number of owners of the same tokens."""
     who: dict[str, Callable[[Store], Selection]] = {
-        "an owner in a group": lambda store: Selection(owners=("owner 3",)),
+        "an owner in a group": lambda store: Selection(owners=("owner 0",)),
         "an owner with a group": lambda store: Selection(owners=(LARGE,)),
     }
     return opening_and_removing(stores, who, roof, root, rounds)

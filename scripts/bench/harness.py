@@ -8,13 +8,16 @@ work on the machine disturbs less.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +176,29 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Those of peers that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+@contextmanager
+def chatter_on_stderr() -> Iterator[None]:
+    """What peers print meanwhile, also from Java or C, goes to stderr: stdout belongs to the JSON document."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def subject(measure: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     """Make a command of a function that measures: it prints one JSON document, and compares it if it is asked to.
 
@@ -188,7 +214,8 @@ def subject(measure: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     @functools.wraps(measure)
     def run(*, recorded: Path | None, **options: Any) -> None:
         before = json.loads(recorded.read_text()) if recorded else None
-        measured = measure(**options)
+        with chatter_on_stderr():
+            measured = measure(**options)
         report = {"machine": machine(), "command": command(), "commit": commit(), "spread": SPREAD, **measured}
         print(json.dumps(report, indent=1))
         if before:

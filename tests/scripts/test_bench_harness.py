@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
+import click
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -134,3 +136,38 @@ def test_bytes_that_are_read_and_written_are_counted(harness, tmp_path):
 def test_measured_numbers_are_told_as_numbers(harness):
     """JSON has a median and its spread as a list."""
     assert json.loads(json.dumps({"rate": harness.Measured(2.0, 1.0, 3.0)})) == {"rate": [2.0, 1.0, 3.0]}
+
+
+def test_stdout_belongs_to_the_document(harness, capfd):
+    """What a peer prints, from Python or below it, goes to stderr, and stdout is one JSON document."""
+
+    @click.command()
+    @harness.subject
+    def chatty():
+        """A subject with a peer that talks."""
+        print("from Python", flush=True)
+        os.write(1, b"from below\n")
+        return {"result": {"rate": harness.Measured(2.0, 1.0, 3.0)}}
+
+    chatty.main([], standalone_mode=False)
+    out, err = capfd.readouterr()
+    record = json.loads(out)
+    assert record["result"] == {"rate": [2.0, 1.0, 3.0]}
+    assert set(record) == {"machine", "command", "commit", "spread", "result"}
+    assert "from Python" in err
+    assert "from below" in err
+
+
+def test_a_run_is_checked_when_it_is_asked_to_be(harness, tmp_path, capfd):
+    """``--check`` prints the new run all the same, and refuses to compare it with another subject's."""
+
+    @click.command()
+    @harness.subject
+    def it():
+        """A subject."""
+        return {"result": {}}
+
+    recorded = Path(__file__).resolve().parents[2] / "scripts" / "results" / "store.json"
+    with pytest.raises(click.ClickException, match="cannot be compared: subject was store"):
+        it.main(["--check", str(recorded)], standalone_mode=False)
+    assert json.loads(capfd.readouterr().out)["result"] == {}
