@@ -144,10 +144,12 @@ def _domain(file: Path) -> str:
     return file.name.partition(".")[0]
 
 
-def open_samples(corpus: Path, others: dict[str, list[Path]]) -> tuple[dict[str, HeldOut], dict[str, Any]]:
+def open_samples(
+    corpus: Path, others: dict[str, list[Path]], sizes: dict[str, int] = SAMPLES
+) -> tuple[dict[str, HeldOut], dict[str, Any]]:
     """A held-out sample of each split, cut by the corpus's own tokenizer; and what there is, for the record."""
     tokens = open_tokens(corpus, DEFAULT_POLICY, VOCABULARY)
-    samples = {split: HeldOut(others[split], tokens.tokenizer, size) for split, size in SAMPLES.items()}
+    samples = {split: HeldOut(others[split], tokens.tokenizer, size) for split, size in sizes.items()}
     return samples, {
         "corpus": tokens.manifest["corpus"],
         "training_tokens": tokens.manifest["tokens"]["train"],

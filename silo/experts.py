@@ -41,25 +41,27 @@ class DenseFFN(nn.Module):
 
 
 class Experts(nn.Module):
-    """Several SwiGLU networks; the rows of each are two grouped matrix products over a contiguous run."""
+    """Several SwiGLU networks; the rows of each are two grouped matrix products over a contiguous run.
+
+    ``gate_up_proj`` is (experts, hidden, 2 · intermediate), the gate first; ``down_proj`` (experts, intermediate,
+    hidden).
+    """
 
     def __init__(self, config: SiloConfig, intermediate_size: int) -> None:
         super().__init__()
-        shape = (config.num_experts, config.hidden_size, intermediate_size)
-        self.gate_proj = nn.Parameter(torch.empty(shape))
-        self.up_proj = nn.Parameter(torch.empty(shape))
-        self.down_proj = nn.Parameter(torch.empty(shape).transpose(1, 2).contiguous())
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, 2 * intermediate_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, intermediate_size, config.hidden_size))
 
     def apply_experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Each expert on its run of ``rows`` (rows, hidden), which stops before the expert's entry of ``ends``."""
-        inner = F.silu(grouped(rows, self.gate_proj, ends)) * grouped(rows, self.up_proj, ends)
-        return grouped(inner, self.down_proj, ends)
+        gate, up = grouped(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return grouped(F.silu(gate) * up, self.down_proj, ends)
 
     def each(self, rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         """What each row's experts make of it, (rows, k, hidden); ``rows`` is (rows, hidden), ``expert`` (rows, k)."""
-        load = torch.bincount(expert.flatten(), minlength=len(self.gate_proj))
+        load = torch.bincount(expert.flatten(), minlength=len(self.down_proj))
         # oneDNN makes a program for each new number of rows, so runs are filled up to a few lengths.
-        unit = FEWEST_ROWS if by_onednn(rows, self.gate_proj) else 1
+        unit = FEWEST_ROWS if by_onednn(rows, self.down_proj) else 1
         ends = ((load + unit - 1) // unit * unit).cumsum(0)
         order = expert.flatten().argsort(stable=True)
         # Where a run starts, less how many entries of ``order`` are before it: what shifts its entries.
@@ -205,17 +207,17 @@ class AveragedFFN(Experts):
         """Map (batch, time, hidden) to the same shape, and in training say which experts were drawn."""
         rows = x.reshape(-1, x.shape[-1])
         if not self.training:
-            gate, up, down = self.mean()
-            inner = F.silu(linear(rows, gate.t())) * linear(rows, up.t())
-            return linear(inner, down.t()).view_as(x), None
-        expert = torch.arange(len(rows), device=x.device) % len(self.gate_proj)
+            gate_up, down = self.mean()
+            gate, up = linear(rows, gate_up.t()).chunk(2, dim=-1)
+            return linear(F.silu(gate) * up, down.t()).view_as(x), None
+        expert = torch.arange(len(rows), device=x.device) % len(self.down_proj)
         expert = expert[torch.randperm(len(rows), device=x.device)].unsqueeze(1)
         out = self.each(rows, expert).squeeze(1)
         return out.view_as(x), Routing(expert, torch.ones_like(expert, dtype=x.dtype))
 
-    def mean(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean of the experts: gate and up (hidden, intermediate), down (intermediate, hidden)."""
-        return self.gate_proj.mean(0), self.up_proj.mean(0), self.down_proj.mean(0)
+    def mean(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean of the experts: gate and up (hidden, 2 · intermediate), down (intermediate, hidden)."""
+        return self.gate_up_proj.mean(0), self.down_proj.mean(0)
 
 
 @torch.no_grad()
@@ -223,7 +225,7 @@ def share_experts(model: nn.Module, rate: float) -> None:
     """Move each expert of every ``averaged`` layer by ``rate`` (0 to 1) towards the mean of the others, in place: call
     it after each optimizer step (Huang 2023, equation 4)."""
     for layer in model.modules():
-        if isinstance(layer, AveragedFFN) and len(layer.gate_proj) > 1:
-            for weight in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        if isinstance(layer, AveragedFFN) and len(layer.down_proj) > 1:
+            for weight in (layer.gate_up_proj, layer.down_proj):
                 others = (weight.sum(0) - weight) / (len(weight) - 1)
                 weight.lerp_(others, rate)

@@ -145,10 +145,10 @@ class SiloPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Experts):
-            for parameter in (module.gate_proj, module.up_proj, module.down_proj):
+            for parameter in (module.gate_up_proj, module.down_proj):
                 init.normal_(parameter, std=self.config.initializer_range)
         if isinstance(module, AveragedFFN):  # Experts are tied: they begin as one.
-            for parameter in (module.gate_proj, module.up_proj, module.down_proj):
+            for parameter in (module.gate_up_proj, module.down_proj):
                 init.copy_(parameter, parameter[:1].clone().expand_as(parameter))
         if isinstance(module, MoeFFN) and self.config.router == "noisy_topk":
             init.zeros_(module.router.weight)

@@ -85,10 +85,9 @@ def upcycle(
     weights = model.state_dict()
     for layer in layers:
         prefix = f"model.layers.{layer}.mlp."
-        gate, up = weights.pop(f"{prefix}gate_up_proj.weight").t().chunk(2, dim=1)
-        down = weights.pop(f"{prefix}down_proj.weight").t()
-        for name, each in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-            weights[prefix + name] = each.expand(num_experts, *each.shape)
+        for name in ("gate_up_proj", "down_proj"):
+            weight = weights.pop(f"{prefix}{name}.weight").t()
+            weights[prefix + name] = weight.expand(num_experts, *weight.shape)
     return _rebuilt(model, weights, ffn=_with(old, layers, "moe"), **shape)
 
 
@@ -105,9 +104,8 @@ def averaged(model: SiloForCausalLM) -> SiloForCausalLM:
     weights = model.state_dict()
     for layer in layers:
         prefix = f"model.layers.{layer}.mlp."
-        gate, up, down = (weights.pop(prefix + name).mean(0) for name in ("gate_proj", "up_proj", "down_proj"))
-        weights[f"{prefix}gate_up_proj.weight"] = torch.cat((gate, up), dim=1).t()
-        weights[f"{prefix}down_proj.weight"] = down.t()
+        for name in ("gate_up_proj", "down_proj"):
+            weights[f"{prefix}{name}.weight"] = weights.pop(prefix + name).mean(0).t()
     return _rebuilt(model, weights, ffn=_with(model.config, layers, "dense"))
 
 

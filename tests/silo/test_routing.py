@@ -129,7 +129,8 @@ def test_experts_choose_by_the_paper():
     expected = torch.zeros(12, 16, dtype=torch.float64)
     for expert in range(6):
         for token in sorted(range(12), key=lambda t: -probability[t, expert])[:4]:
-            inner = F.silu(x[0, token] @ layer.gate_proj[expert]) * (x[0, token] @ layer.up_proj[expert])
+            gate, up = (x[0, token] @ layer.gate_up_proj[expert]).chunk(2)
+            inner = F.silu(gate) * up
             expected[token] += probability[token, expert] * (inner @ layer.down_proj[expert])
     torch.testing.assert_close(out[0], expected)
     assert torch.bincount(found.expert.flatten()).tolist() == [4] * 6
@@ -196,14 +197,15 @@ def test_tied_experts_share_the_tokens_evenly():
     assert torch.bincount(found.expert.flatten()).tolist() == [3] * 6
     assert not torch.equal(layer(x)[1].expert, found.expert)
     for row, our, expert in zip(x.view(-1, 16), out.view(-1, 16), found.expert.flatten(), strict=True):
-        inner = F.silu(row @ layer.gate_proj[expert]) * (row @ layer.up_proj[expert])
+        gate, up = (row @ layer.gate_up_proj[expert]).chunk(2)
+        inner = F.silu(gate) * up
         torch.testing.assert_close(our, inner @ layer.down_proj[expert])
 
 
 def test_sharing_moves_experts_together():
     """Sharing keeps the mean of the experts and shrinks their spread by 1 - rate · n / (n - 1); they begin as one."""
     model = SiloForCausalLM(SiloConfig(**SHAPE, ffn="averaged"))
-    weight = model.model.layers[0].mlp.up_proj
+    weight = model.model.layers[0].mlp.gate_up_proj
     assert torch.equal(weight, weight[:1].expand_as(weight))
     with torch.no_grad():
         weight.normal_()

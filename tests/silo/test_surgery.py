@@ -92,14 +92,14 @@ def test_upcycling_leaves_the_function_as_it_was(layers):
     assert cycled.config.ffn == ("moe" if layers is None else ["dense", "moe", "dense"])
     torch.testing.assert_close(logits(cycled), logits(model), rtol=1e-4, atol=1e-5)
     go_on(cycled.train(), 2)
-    gate = cycled.model.layers[1].mlp.gate_proj
+    gate = cycled.model.layers[1].mlp.gate_up_proj
     assert (gate[0] - gate[1]).abs().max() > 1e-3
 
 
 def test_averaged_experts_become_one_network():
     """Tied experts, trained apart, compute in evaluation what the dense model made of them does."""
     model = trained("averaged")
-    gate = model.model.layers[1].mlp.gate_proj
+    gate = model.model.layers[1].mlp.gate_up_proj
     assert (gate[0] - gate[1]).abs().max() > 1e-3
     dense = averaged(model)
     assert dense.config.ffn == "dense"

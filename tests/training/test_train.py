@@ -143,7 +143,7 @@ def test_averaged_experts_share_after_each_step(recipe_file, rate, equal):
     """Of four experts that each step moves by three quarters towards the others' mean, all are the same in the end; of
     four that it does not move, none are."""
     _, model = run(recipe_file, "model.ffn=averaged", f"model.share_rate={rate}")
-    experts = SiloForCausalLM.from_pretrained(model).model.layers[0].mlp.up_proj
+    experts = SiloForCausalLM.from_pretrained(model).model.layers[0].mlp.gate_up_proj
     assert torch.allclose(experts, experts[:1], atol=1e-6) == equal
 
 
