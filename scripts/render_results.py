@@ -1,4 +1,4 @@
-"""Write RESULTS.md and the README's table from the recorded runs in ``scripts/results``, so that no number is typed.
+"""Write RESULTS.md, its figure and the README's numbers from the recorded runs in ``scripts/results``: none is typed.
 
 python scripts/render_results.py
 """
@@ -9,23 +9,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import render_bench
 import render_mixing
 import render_model
 import render_store
 from recording import provenance
+from render_figure import figure
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- results: quickstart -->", "<!-- end of results -->"
+FIGURE = RECORDS / "ratios.svg"
+END = "<!-- end of results -->"
 COLUMNS = {"lm": "model alone", "lm+knn": "+ neighbours", "lm+ric": "+ blocks", "all": "all"}
 
 
 def main() -> None:
-    """Render both files."""
+    """Render all three files."""
     records = read_records()
     readme = (ROOT / "README.md").read_text()
-    (ROOT / "README.md").write_text(with_results(readme, records["quickstart"]))
+    (ROOT / "README.md").write_text(with_results(readme, records))
     (ROOT / "RESULTS.md").write_text(results(records))
+    FIGURE.write_text(figure(records))
 
 
 def read_records() -> dict[str, dict[str, Any]]:
@@ -36,10 +40,11 @@ def read_records() -> dict[str, dict[str, Any]]:
 def results(records: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
     sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
-    sections |= render_store.SECTIONS | render_model.SECTIONS | render_mixing.SECTIONS
+    sections |= render_store.SECTIONS | render_model.SECTIONS | render_mixing.SECTIONS | render_bench.SECTIONS
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
-        "`scripts/results`.\n"
+        "`scripts/results`.\n\n"
+        f"![Speeds as multiples of the peers', by subject]({FIGURE.relative_to(ROOT)})\n"
     )
     return "\n".join([head, *(section(records[name]) for name, section in sections.items() if name in records)])
 
@@ -120,10 +125,23 @@ Peak memory of the process after each step, with the text and with four times as
 """
 
 
-def with_results(readme: str, record: dict[str, Any]) -> str:
-    """The README with its results between the two marks replaced."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
+def with_results(readme: str, records: dict[str, dict[str, Any]]) -> str:
+    """The README with what stands between its marks replaced."""
+    for name, said in {
+        "quickstart": in_the_readme(records["quickstart"]),
+        "speed": render_bench.three(records),
+    }.items():
+        begin = f"<!-- results: {name} -->"
+        head, found, rest = readme.partition(begin)
+        _, closed, tail = rest.partition(END)
+        if not (found and closed):
+            raise SystemExit(f"README.md has no {begin} with {END} after it; put them where the numbers belong")
+        readme = f"{head}{begin}\n\n{said}\n\n{END}{tail}"
+    return readme
+
+
+def in_the_readme(record: dict[str, Any]) -> str:
+    """The quickstart's table and what it took."""
     found, removal = record["result"]["perplexity"], record["result"]["removal"]
     rows = [
         (f"copyleft text of {len(record['result']['owners']) - 1} owners", found["restricted"]),
@@ -142,7 +160,7 @@ def with_results(readme: str, record: dict[str, Any]) -> str:
         "a store that never held the owner.\n"
         f"Measured by `silo quickstart` on {cores} cores, twice: {took}; RESULTS.md says how."
     )
-    return f"{head}{BEGIN}\n\n{table}\n\n{said}\n\n{END}{tail}"
+    return f"{table}\n\n{said}"
 
 
 def perplexity_table(title: str, rows: list[tuple[str, dict[str, float]]]) -> str:

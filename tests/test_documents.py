@@ -55,7 +55,7 @@ def test_the_readme_s_commands_exist() -> None:
 
 
 def test_results_are_those_of_the_recorded_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RESULTS.md and the README's table hold exactly what the recorded run renders to."""
+    """RESULTS.md, its figure and the README's numbers hold exactly what the recorded runs render to."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     specification = importlib.util.spec_from_file_location("render_results", ROOT / "scripts" / "render_results.py")
     assert specification
@@ -65,5 +65,6 @@ def test_results_are_those_of_the_recorded_run(monkeypatch: pytest.MonkeyPatch) 
     records = render.read_records()
     assert (ROOT / "RESULTS.md").read_text() == render.results(records)
     readme = (ROOT / "README.md").read_text()
-    assert readme == render.with_results(readme, records["quickstart"])
+    assert readme == render.with_results(readme, records)
+    assert render.FIGURE.read_text() == render.figure(records)
     assert records["quickstart"]["result"]["reports_equal_but_for_times"]

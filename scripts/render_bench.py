@@ -1,0 +1,205 @@
+"""The sections of RESULTS.md that tell of the machine, of peers and of growth; and the README's three numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.ratios import ratios
+from recording import provenance
+
+
+def columns(*values: object) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def measured(of: list[float], digits: str = ".2f", factor: float = 1) -> str:
+    """A median and its spread."""
+    value, low, high = (f"{each * factor:{digits}}" for each in of)
+    return f"{value} ({low} to {high})"
+
+
+def ceiling(record: dict[str, Any]) -> str:
+    """What the machine can do at best."""
+    units = {
+        "copy": ("copying, GB/s", 1e-9),
+        "triad": ("a = b + s · c, GB/s", 1e-9),
+        "matmul": ("matrix products in float32, G operations/s", 1e-9),
+        "random": ("words read at random, M/s", 1e-6),
+    }
+    threads = list(record["result"]["copy"])
+    rows = "\n".join(
+        columns(title, *(measured(record["result"][name][of], ".1f", factor) for of in threads))
+        for name, (title, factor) in units.items()
+    )
+    heads = " | ".join(f"{of} thread{'s' * (of != '1')}" for of in threads)
+    return f"""## What the machine can do at best
+
+{record["rounds"]} rounds, medians and quartiles; arrays of {record["array_bytes"] >> 20} MiB, matrices of \
+{record["matrix"]:,} × {record["matrix"]:,}. Later records measure this first, with their own threads, and state their \
+share of it: the seconds that the bytes, operations or reads of their work would take at these rates, over those that \
+it took.
+
+{provenance(record | {"data": "none"})}
+
+| | {heads} |
+|:---|{"---:|" * len(threads)}
+{rows}
+"""
+
+
+def bm25(record: dict[str, Any]) -> str:
+    """BM25 beside Pyserini and bm25s."""
+    rows = "\n".join(
+        columns(
+            f"{int(size):,}",
+            engine,
+            *(f"{found[doing]['wall']['per_second'][engine][0]:,.0f}" for doing in ("building", "searching")),
+            *(
+                measured(found["searching"][clock]["speed_over"][engine]) if engine != "silo" else ""
+                for clock in ("wall", "processor")
+            ),
+        )
+        for size, found in record["result"].items()
+        for engine in found["searching"]["wall"]["per_second"]
+    )
+    grown = ", ".join(f"{engine} {measured(found)}" for engine, found in record["growth"].items())
+    last = list(record["result"].values())[-1]["ceiling"]
+    peers = ", ".join(f"{name} {number}" for name, number in record["peers"].items())
+    return f"""## BM25 beside Pyserini and bm25s
+
+Restricted text in blocks of 96 words; {record["queries"]} queries of 32 different words of other documents, the \
+{record["k"]} best blocks of each; one thread, {record["rounds"]} rounds in turns. All give the same scores to 1e-5. \
+bm25s has its index in memory; ours and Pyserini's are Lucene's. An index is built once.
+
+{provenance(record)}
+- Peers: {peers}
+
+| blocks | engine | built: blocks/s | queries/s | our speed over it, by the clock | by processor time |
+|---:|:---|---:|---:|---:|---:|
+{rows}
+
+The time of a query grows with the number of blocks to the power of: {grown}. At the largest size a query's postings \
+are {last["bytes"] / 1000:,.0f} kB: to read them at the machine's best would take {last["share"]:.2%} of our time.
+"""
+
+
+def opening(record: dict[str, Any]) -> str:
+    """Opening a store, beside FAISS alone."""
+    result = record["result"]
+    names = list(result["seconds"])
+    peers = [name for name in names if name.startswith("FAISS")]
+    rows = "\n".join(
+        columns(
+            name,
+            measured(result["seconds"][name], ".1f", 1000),
+            f"{result['ceiling'][name]['bytes'] / 1e6:,.1f}",
+            *(
+                measured(result["speed_over"]["wall"][name][peer]) if name in result["speed_over"]["wall"] else ""
+                for peer in peers
+            ),
+        )
+        for name in names
+    )
+    rest = ", ".join(f"{name} {measured(of, '.0f', 1000)}" for name, of in result["other_parts_seconds"].items())
+    return f"""## Opening a store
+
+A store, or FAISS's index of the same keys, is opened and asked for the neighbours of one key; {record["rounds"]} \
+rounds in turns, files in the system's cache. A store checks what it reads against checksums.
+
+{provenance(record)}
+
+| what | ms | MB read | speed over {" | speed over ".join(peers)} |
+|:---|---:|---:|{"---:|" * len(peers)}
+{rows}
+
+Milliseconds to open the rest: {rest}.
+"""
+
+
+GROWN = {"tokens": "tokens of the store", "owners": "owners of the same tokens", "encoded": "tokens that are encoded"}
+
+
+def growth(record: dict[str, Any]) -> str:
+    """How cost grows."""
+    tables = []
+    for by, title in GROWN.items():
+        kinds = record["result"][by]
+        sizes = list(next(iter(kinds.values()))["wall"]["seconds"])
+        rows = "\n".join(
+            columns(
+                what,
+                *(f"{grown['wall']['seconds'][size][0] * 1000:,.3g}" for size in sizes),
+                measured(grown["wall"]["exponent"]),
+                f"{grown['ceiling'][sizes[-1]]['share']:.1%}" if "ceiling" in grown else "",
+            )
+            for what, grown in kinds.items()
+        )
+        head = columns(f"ms, by {title}", *(f"{int(size):,}" for size in sizes), "exponent", "of the ceiling")
+        tables.append(f"{head}\n|:---|{'---:|' * (len(sizes) + 2)}\n{rows}")
+    projections = record["projected"]
+    heads = " | ".join(f"{int(size) / 1e9:,.0f} B tokens" for size in projections)
+    what_grows = "\n".join(
+        columns(what, *(seconds_of(of[what]) for of in projections.values()))
+        for what in next(iter(projections.values()))
+    )
+    return f"""## How cost grows
+
+Each thing at all sizes in turns, {record["rounds"]} rounds, medians; cost ∝ sizeᵉ, e fitted to each round, with its \
+spread. Removals without the waiting for the disk. The last column: what the bytes, operations or reads that the \
+largest size cannot do without would take at the machine's best, over what it took.
+
+{provenance(record)}
+
+{(chr(10) * 2).join(tables)}
+
+From the largest size by the exponent, on one machine like this, far beyond what was measured:
+
+| | {heads} |
+|:---|{"---:|" * len(projections)}
+{what_grows}
+"""
+
+
+def seconds_of(seconds: float) -> str:
+    """A duration in a unit that suits it."""
+    units = ((86_400, "days"), (3_600, "hours"), (1, "s"), (1e-3, "ms"), (0, "µs"))
+    unit, name = next(each for each in units if seconds >= each[0])
+    return f"{seconds / (unit or 1e-6):,.3g} {name}"
+
+
+def three(records: dict[str, dict[str, Any]]) -> str:
+    """The numbers that matter, for the README: removing, searching and scoring."""
+    gone = records["store"]["result"]["removal"]["large_shard"]
+    few, many = (gone[owners]["beside_syncing"] * 1000 for owners in ("10", "1000"))
+    of = {name: {each.name: each for each in ratios(records[name], name)} for name in records}
+    near = of["store"]["neighbours, 2,000 owners / speed of one FAISS index"].measured
+    said = [
+        f"Removing the owner of a million tokens takes {few:.0f} ms in a store of 10 owners and {many:.0f} ms in one "
+        "of 1,000, beside the waiting for the disk.",
+        "Neighbours are found among the keys of 2,000 owners at "
+        f"{measured(list(near))} × the speed of one bare FAISS index of the same keys.",
+    ]
+    models = {"mixing": "a small model trained here", "mixing_smollm2": "SmolLM2-135M"}
+    mixed = [
+        f"{measured(list(of[name]['scoring, all methods / time of the model alone'].measured))} × with {model}"
+        for name, model in models.items()
+        if name in of
+    ]
+    if mixed:
+        said.append(f"Scoring text by all methods takes, of the time of the model alone, {' and '.join(mixed)}.")
+    else:
+        what, best = [pair for pair in of["ngram"].items() if pair[0].endswith("2,000 owners / speed of infini-gram")][
+            -1
+        ]
+        said.append(
+            f"The {what.partition(',')[0]} scores text, over 2,000 owners, at "
+            f"{measured(list(best.measured), '.0f')} × the speed of infini-gram's engine."
+        )
+    machine = records["store"]["machine"]
+    head = f"Measured in turns with the peers on {machine['cores']} cores; in brackets the spread of the rounds:"
+    lines = "\n".join(f"- {line}" for line in said)
+    return f"{head}\n\n{lines}\n\nMore, and how each was measured, is in RESULTS.md; its figure has all ratios."
+
+
+SECTIONS = {"ceiling": ceiling, "bm25": bm25, "opening": opening, "growth": growth}
