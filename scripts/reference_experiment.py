@@ -48,14 +48,14 @@ from training.loop import train as train_model
 from training.recipe import Recipe
 
 MODEL = {
-    "hidden_size": 192,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "ffn": "moe",
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 256,
+    "moe_intermediate_size": 192,
 }
 SEQUENCE, BATCH = 512, 8
 CONTROL_TOKENS = 100_000
