@@ -28,3 +28,11 @@ def require_options(methods: list[str], store: Path | None, fit_on: Path | None,
         raise UsageError(f"--use {','.join(methods)} needs --store")
     if len(methods) > 1 and not (fit_on or weights):
         raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
+
+
+def file_of_weights(weights: Path, store: Path | None) -> Path:
+    """The file of weights that is meant: the store's own gate, if ``gate`` is."""
+    from datastore.loading import OWN_GATE
+    from datastore.store import Store
+
+    return Store.open(store).gate_path() if store is not None and str(weights) == OWN_GATE else weights

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from datastore.generate_cli import policy_options
+from eval.options import file_of_weights
 from silo.cli import reports
 from silo.errors import UsageError
 
@@ -44,7 +45,9 @@ def render(value: dict[str, Any]) -> None:
 @click.argument("task", type=PATH)
 @click.option("--store", type=PATH, help="The store; the model alone is measured in any case.")
 @click.option("--use", metavar="METHODS", help="Such as lm,knn,ngram. Default: what is weighed.")
-@click.option("--weights", metavar="FILE", help="A gate, or weights that --save-weights wrote; needed with a store.")
+@click.option(
+    "--weights", metavar="FILE", help="A gate, or weights that --save-weights wrote. Default: the store's gate."
+)
 @click.option("--domain-prompt", metavar="TEXT", help="Of questions that name none, such as 'Answer:'.")
 @policy_options
 @reports(render)
@@ -62,7 +65,7 @@ def zero_shot(
     A line of TASK has context, options, answer (an option or its number) and domain_prompt. Where {options} stands in
     the context the options are listed, in several orders, and scores are means over these.
 
-    Example: silo eval zero-shot MODEL --store STORE --weights gate.json --domain-prompt 'Answer:' TASK.jsonl
+    Example: silo eval zero-shot MODEL --store STORE --domain-prompt 'Answer:' TASK.jsonl
     """
     from datastore.loading import load
     from eval.suite_report import origin
@@ -74,11 +77,12 @@ def zero_shot(
     if store is None and policy.to_json():
         raise UsageError("--allow, --deny and --purpose choose from a store; give --store")
     questions = read_task(task, domain_prompt)
+    chosen = file_of_weights(Path(weights), store) if weights else None
     lm = load(
         model,
         store=store,
         use=use.split(",") if use else None,
-        weights=weights,
+        weights=chosen,
         allow=policy.allow,
         deny=policy.deny,
         purpose=policy.purpose,
@@ -93,7 +97,7 @@ def zero_shot(
         "task": sha256_file(task),
         "model": lm.mixture.model.fingerprint,
         "store": store_hash(store) if len(weighings) > 1 else None,
-        "weights": sha256_file(Path(weights)) if weights and len(weighings) > 1 else None,
+        "weights": sha256_file(chosen) if chosen and len(weighings) > 1 else None,
         "policy": policy.to_json(),
         "made": origin(),
     }

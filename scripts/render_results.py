@@ -20,7 +20,13 @@ ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "results"
 FIGURE = RECORDS / "ratios.svg"
 END = "<!-- end of results -->"
-COLUMNS = {"lm": "model alone", "lm+knn": "+ neighbours", "lm+ric": "+ blocks", "all": "all"}
+COLUMNS = {
+    "lm": "model alone",
+    "lm+knn": "+ neighbours",
+    "lm+ric": "+ blocks",
+    "lm+ngram": "+ ∞-grams",
+    "all": "all",
+}
 
 
 def main() -> None:
