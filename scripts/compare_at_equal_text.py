@@ -31,7 +31,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from bench_control import read
+from bench.control import read
 from recording import command, commit, files_hash, machine
 
 from datastore.control import ControlPlane, provenance

@@ -27,7 +27,7 @@ from typing import Any
 import click
 import numpy as np
 import yaml
-from bench_control import read
+from bench.control import read
 from compare_at_equal_text import taken
 from experiment import LENGTH, VOCABULARY, open_samples, prepare, run_once, say
 from recording import command, commit, files_hash, machine

@@ -50,6 +50,8 @@ def results(records: dict[str, dict[str, Any]]) -> str:
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
         "`scripts/results`.\n\n"
+        "Benches are subjects of `python scripts/bench`; of those recorded before that was one command, "
+        "`scripts/bench_X.py` is `scripts/bench X` now.\n\n"
         f"![Speeds as multiples of the peers', by subject]({FIGURE.relative_to(ROOT)})\n"
     )
     return "\n".join([head, *(section(records[name]) for name, section in sections.items() if name in records)])

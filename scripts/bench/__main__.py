@@ -11,10 +11,20 @@ import click
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # from which scripts import each other
 
 SUBJECTS = {
-    "bm25": "BM25 beside Pyserini and bm25s.",
     "ceiling": "What the machine can do at best.",
-    "growth": "How cost grows with tokens and owners.",
-    "opening": "Opening a store beside FAISS alone.",
+    "model": "Training steps of layers: transformers' Llama and Mixtral, PEER-pytorch.",
+    "training_step": "The trainer's step: the bare one.",
+    "store": "Adding, searching and removing, by owners: FAISS, Lucene, the forward pass.",
+    "opening": "Opening a store: FAISS.",
+    "bm25": "Building and searching an index of blocks: Pyserini, bm25s.",
+    "ngram": "The ∞-gram, by owners: infini-gram, one suffix array.",
+    "mixing": "Scoring by mixtures: the model alone, SILO's and knn-transformers' loops.",
+    "evaluation": "Scoring by the model alone: lm-evaluation-harness.",
+    "collect": "Collecting, auditing and tokenising: tokenizers.",
+    "laundering": "Planted passages, and how many are found.",
+    "control": "Codes fitted on permissive or the store's own text.",
+    "scale": "Bytes, memory and time of a store that grows.",
+    "growth": "Exponents of searching, opening, removing and encoding.",
     "compare": "Two recorded runs: what got worse.",
 }
 
@@ -38,7 +48,7 @@ class Subjects(click.Group):
 
 @click.command(cls=Subjects)
 def main() -> None:
-    """Ours beside its peers: each subject prints one JSON document on stdout, and its progress on stderr."""
+    """Ours in turns with its peers, named after the colon; each subject prints one JSON document on stdout."""
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from bench_store import LARGE, build, control_plane, once, owned
-from mixing_store import _documents
 from recording import files_hash
 
 from bench import ceiling
 from bench.ceiling import Ceiling, Work
 from bench.harness import Contest, Measured, compete, exponent, moved, say, subject
+from bench.mixing_store import borrowing_keys
+from bench.store import LARGE, build, control_plane, once, owned
 from datastore.control import ControlPlane
 from datastore.knn import PROBES
 from datastore.shard import Encoded
@@ -118,7 +118,7 @@ def make_stores(
         plane = control_plane(lm, permissive)
         with tempfile.TemporaryDirectory() as scratch:
             maker = Store.create(Path(scratch) / "maker", lm, model / "tokenizer.json", plane)
-            encoded = _documents(maker, lm, restricted, max([*tokens, 2 * owned_tokens]), OWN_KEYS)
+            encoded = borrowing_keys(maker, lm, restricted, max([*tokens, 2 * owned_tokens]), OWN_KEYS)
         fill(paths, lm, model, plane, encoded, owned_tokens)
     by_tokens, by_owners = ({size: Store.open(path) for size, path in of.items()} for of in paths)
     return by_tokens, by_owners

@@ -26,6 +26,8 @@ import numpy as np
 from recording import command, commit, machine
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+BENCH = Path(__file__).parent
+"""What Python runs as the bench, for parts that want a process of their own."""
 SPREAD = "quartiles of the rounds"
 Judge = Callable[[dict[str, Any]], str]
 """Told what every contestant gave; says in one line what is wrong, or nothing."""

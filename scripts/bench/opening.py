@@ -21,13 +21,13 @@ import click
 import faiss
 import numpy as np
 import torch
-from mixing_peers import merged_index
 from recording import files_hash
 
 from bench import ceiling
 from bench.ceiling import Ceiling, Work
 from bench.growth import OWNED_TOKENS, OWNERS, make_stores
 from bench.harness import alike, compete, moved, say, subject
+from bench.mixing_peers import merged_index
 from datastore.knn import PROBES
 from datastore.store import Store
 from silo.documents import Document

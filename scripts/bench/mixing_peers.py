@@ -1,4 +1,4 @@
-"""SILO's and knn-transformers' own search-and-score loops over the keys of a store, for bench_mixing.py.
+"""SILO's and knn-transformers' own search-and-score loops over the keys of a store, for the bench of mixing.
 
 Both run from their authors' sources, unchanged, on one FAISS index in memory with the store's lists and codes:
 

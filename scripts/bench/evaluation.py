@@ -1,7 +1,7 @@
 """How fast texts are scored by a model alone, beside lm-evaluation-harness on the same model and windows.
 
     pip install lm_eval
-    python scripts/bench_evaluation.py --model MODEL test.jsonl > scripts/results/evaluation.json
+    python scripts/bench evaluation --model MODEL test.jsonl > scripts/results/evaluation.json
 
 Both are given the same model in memory, each document alone and windows that do not overlap, which is how the peer
 reads (``loglikelihood_rolling``). They take turns, the peer with each batch size; its best one counts. Time is that of
@@ -13,7 +13,6 @@ Prints one JSON document: machine, command, commit, model, data hash, result.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -25,8 +24,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import subject
 from eval.perplexity import PASSAGE_TOKENS
 from eval.protocols import Protocol
 from eval.scoring import Scorer
@@ -43,18 +43,16 @@ WARM = 512
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", "path", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
 @click.option("--tokens", default=6000, show_default=True, help="Tokens that are scored a round.")
-@click.option("--context", default=1024, show_default=True)
-@click.option("--rounds", default=3, show_default=True)
-def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> None:
-    """Measure, and print one JSON document."""
+@click.option("--context", default=1024, show_default=True, help="Tokens of a window.")
+@click.option("--rounds", default=3, show_default=True, help="Counted rounds.")
+@subject
+def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> dict[str, Any]:
+    """Scoring by the model alone beside lm-evaluation-harness."""
     torch.set_num_threads(1)
     model = LanguageModel.load(path)
     texts = whole_texts(model, data, tokens)
     result = measure(model, texts, Protocol("alone", context, context), rounds)
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "data": files_hash([data]),
         "model": model.fingerprint,
         "context": context,
@@ -62,7 +60,6 @@ def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> None
         "rounds": rounds,
         "result": result,
     }
-    print(json.dumps(report, indent=1))
 
 
 def whole_texts(model: LanguageModel, data: Path, tokens: int) -> list[str]:
@@ -125,7 +122,3 @@ def harness(model: LanguageModel, context: int, batch: int) -> tuple[int, Callab
         return peer.loglikelihood_rolling(asked, disable_tqdm=True)
 
     return peer.prefix_token_id, score
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How fast held-out text is scored by the model alone and by its mixtures, over one store of some million tokens.
 
-    python scripts/bench_mixing.py CORPUS/*.jsonl.zst --model MODEL [--peers DIR] > scripts/results/mixing.json
+    python scripts/bench mixing CORPUS/*.jsonl.zst --model MODEL [--peers DIR] > scripts/results/mixing.json
 
 The store holds restricted text of the training split; what is scored are passages of the validation split, in rounds in
 which all contestants take turns. Blocks are read where their look-up is among the best, so many of a hundred
@@ -17,7 +17,6 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -29,11 +28,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from bench_ngram import dealt
-from mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
-from mixing_store import make_store, read_corpus, say
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import say, subject
+from bench.mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
+from bench.mixing_store import make_store, read_corpus
+from bench.ngram import dealt
 from datastore.knn import PROBES
 from datastore.shard import Encoded
 from datastore.store import Store
@@ -53,7 +53,7 @@ OWNERS = (1, 200)
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True), help="Directory of the model.")
 @click.option("--store", "kept", type=click.Path(path_type=Path), help="Made if it is not there.  [default: for now]")
 @click.option("--tokens", default=4_200_000, show_default=True, help="Tokens of the store.")
 @click.option("--encoded", default=4_200_000, show_default=True, help="Tokens with keys of their own.")
@@ -63,10 +63,11 @@ OWNERS = (1, 200)
 @click.option("--peers", type=click.Path(path_type=Path, exists=True), help="Their sources.")
 @click.option("--peer-queries", default=256, show_default=True, help="Queries that peers score a round.")
 @click.option("--quick", is_flag=True, help="Try it out: a small store, little text, one round.")
+@subject
 def main(
     files: tuple[Path, ...], model: Path, kept: Path | None, peers: Path | None, quick: bool, **sizes: int
-) -> None:
-    """Measure, and print one JSON document."""
+) -> dict[str, Any]:
+    """Scoring by the model and its mixtures, beside others' loops."""
     if quick:
         sizes |= {"tokens": 300_000, "encoded": 60_000, "text": 2_048, "rounds": 1, "peer_queries": 128}
     lm = LanguageModel.load(model)
@@ -90,18 +91,14 @@ def main(
         }
         if peers:
             result["peers"] = beside_peers(peers, lm, store, texts, sizes["peer_queries"], sizes["rounds"])
-    report = {
-        "machine": machine(),
+    return {
         "threads": torch.get_num_threads(),
-        "command": command(),
-        "commit": commit(),
         "seed": 0,
         "data": files_hash(files),
         "model": lm.fingerprint,
         "rounds": sizes["rounds"],
         "result": result,
     }
-    print(json.dumps(report, indent=1))
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], counts: dict[str, int], base: str, rounds: int) -> dict[str, Any]:
@@ -244,7 +241,3 @@ def beside_peers(
         "equal_distances": float((theirs == own.search(first[0], K).squared_l2).mean()),
         **in_turns(calls, counts, "ours", rounds),
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How much restricted text that was planted in permissive documents is found, and how much clean text is lost by it.
 
-    python scripts/bench_laundering.py CORPUS/*.jsonl.zst --seed 2 > scripts/results/laundering.json
+    python scripts/bench laundering CORPUS/*.jsonl.zst --seed 2 > scripts/results/laundering.json
 
 Passages of 100 to 300 words are drawn from restricted documents and planted, each in a permissive document of its own:
 half as they are, half lightly edited (words replaced, left out and put in; case and punctuation changed). Everything is
@@ -12,7 +12,6 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import sys
@@ -25,8 +24,9 @@ from typing import Any
 
 import click
 import numpy as np
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import subject
 from silo.audit import read_findings
 from silo.collect import collect
 from silo.corpus import SIDES, Corpus, split_of
@@ -43,11 +43,12 @@ EDITS = {"light": (0.05, 0.02, 0.02), "heavy": (0.10, 0.04, 0.04)}
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--seed", default=2, show_default=True)
+@click.option("--seed", default=2, show_default=True, help="Of what is random.")
 @click.option("--passages", default=500, show_default=True, help="How many of each kind are planted.")
 @click.option("--policy", type=click.Path(path_type=Path, exists=True), help="A policy with evidence from elsewhere.")
-def main(files: tuple[Path, ...], seed: int, passages: int, policy: Path | None) -> None:
-    """Plant, collect, and count what was found."""
+@subject
+def main(files: tuple[Path, ...], seed: int, passages: int, policy: Path | None) -> dict[str, Any]:
+    """Planted passages: how many are found, and what is lost by it."""
     documents = [document for file in files for document in open_source(str(file))]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -62,17 +63,13 @@ def main(files: tuple[Path, ...], seed: int, passages: int, policy: Path | None)
             "planted": {kind: recall(kind, plants, found) for kind in sorted({kind for kind, _ in plants.values()})},
             "clean_documents": outcome(found, set(plants)),
         }
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "seed": seed,
         "data": files_hash(files),
         "passages_of_each_kind": passages,
         "edits": EDITS,
         "result": result,
     }
-    print(json.dumps(report, indent=1))
 
 
 def sides(documents: list[Document]) -> dict[str, int]:
@@ -191,7 +188,3 @@ def recall(kind: str, plants: dict[str, tuple[str, str]], out: Path) -> dict[str
         "shingles_left": float(np.mean(left)),
         "words_of_the_missed": sorted(len(mine[id].split()) for id in mine if id not in found),
     }
-
-
-if __name__ == "__main__":
-    main()

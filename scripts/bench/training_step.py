@@ -1,6 +1,6 @@
 """What a training step costs beside forward, backward and optimizer.
 
-    python scripts/bench_training_step.py corpus/permissive > scripts/results/training_step.json
+    python scripts/bench training_step corpus/permissive > scripts/results/training_step.json
 
 Two models of one shape take turns on the same sequences: one in our loop (reading, schedule, token-weighted loss,
 clipping, the check for numbers, and with a tracker the routers' counts), the other bare: ``loss.backward()`` and
@@ -13,7 +13,6 @@ Prints one JSON document: machine, command, commit, data hash, result.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,8 +23,8 @@ from typing import Any
 import click
 import torch
 from accelerate import Accelerator
-from recording import command, commit, machine
 
+from bench.harness import subject
 from silo.config import load_config
 from silo.modeling import SiloForCausalLM
 from training.checkpoint import Checkpoints
@@ -49,8 +48,9 @@ SHAPES = {
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path, exists=True))
 @click.option("--pairs", default=30, show_default=True, help="Steps of each model.")
-def main(corpus: Path, pairs: int) -> None:
-    """Measure, and print one JSON document."""
+@subject
+def main(corpus: Path, pairs: int) -> dict[str, Any]:
+    """The trainer's step beside a bare one."""
     torch.set_num_threads(1)
     result, fingerprint = {}, ""
     for name, overrides in SHAPES.items():
@@ -62,8 +62,7 @@ def main(corpus: Path, pairs: int) -> None:
             fingerprint = tokens.manifest["corpus"]
             result[name] = measured(recipe, tokens, make_accelerator(recipe), pairs)
             click.echo(f"{name}: {result[name]}", err=True)
-    record = {"machine": machine(), "command": command(), "commit": commit(), "data": fingerprint}
-    click.echo(json.dumps({**record, "result": result}))
+    return {"data": fingerprint, "result": result}
 
 
 def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, pairs: int) -> dict[str, Any]:
@@ -112,7 +111,3 @@ def timed(action: Callable[[], None]) -> float:
     begin = time.process_time()
     action()
     return time.process_time() - begin
-
-
-if __name__ == "__main__":
-    main()

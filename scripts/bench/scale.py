@@ -1,6 +1,6 @@
 """How a store grows: bytes a token for each part, memory and time, at three sizes, and what larger ones would take.
 
-    python scripts/bench_scale.py CORPUS/*.jsonl.zst --model MODEL > scripts/results/scale.json
+    python scripts/bench scale run CORPUS/*.jsonl.zst --model MODEL > scripts/results/scale.json
 
 Restricted documents of real text, each an owner's, are added in three steps to one store, as a user adds them, each in
 a process of its own whose peak memory is taken. After each step other processes open the store and search it, and
@@ -24,9 +24,10 @@ from typing import Any
 
 import click
 import numpy as np
-from bench_store import control_plane, say
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import BENCH, say, subject
+from bench.store import control_plane
 from datastore.store import Store
 from silo.documents import Document
 from silo.files import sha256
@@ -41,12 +42,18 @@ NEIGHBOURS = 256
 FILES = click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 
 
-@click.command()
+@click.group()
+def main() -> None:
+    """How a store grows; its steps run in processes of their own."""
+
+
+@main.command()
 @FILES
-@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True), help="Directory of the model.")
 @click.option("--steps", multiple=True, type=int, default=STEPS, show_default=True, help="Tokens of the store.")
-def main(files: tuple[Path, ...], model: Path, steps: tuple[int, ...]) -> None:
-    """Measure, and print one JSON document."""
+@subject
+def run(files: tuple[Path, ...], model: Path, steps: tuple[int, ...]) -> dict[str, Any]:
+    """Bytes, memory and time at three sizes, and what larger ones would take."""
     lm = LanguageModel.load(model)
     documents = sorted((d for file in files for d in open_source(str(file))), key=lambda d: sha256(d.id.encode()))
     permissive = [each for each in documents if DEFAULT_POLICY.tier(each).permissive]
@@ -62,16 +69,12 @@ def main(files: tuple[Path, ...], model: Path, steps: tuple[int, ...]) -> None:
             held += added
             rows.append({**grow(store.path, model, root, added), "tokens": held})
             say(json.dumps(rows[-1]))
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "seed": 0,
         "data": files_hash(files),
         "model": lm.fingerprint,
         "result": {"steps": rows, "key_dimension": lm.key_spec.dimension, "projected": projected(rows[-1])},
     }
-    print(json.dumps(report, indent=1))
 
 
 def take(documents: Iterator[Document], lm: LanguageModel, tokens: int, file: Path) -> int:
@@ -92,7 +95,7 @@ def grow(store: Path, model: Path, root: Path, added: int) -> dict[str, Any]:
     """Add, search and remove, each in a process of its own."""
     adding = measured("-m", "silo", "datastore", "add", store, root / "more.jsonl", "--model", model, "--json")
     opened = Store.open(store)
-    searching = measured(__file__, "--search", store, root / "queries.npy")
+    searching = measured(BENCH, "scale", "search", store, root / "queries.npy")
     some = opened.rows()[min(opened.manifest.shards)][0].id
     removing = measured("-m", "silo", "datastore", "remove", store, "--document", some, "--no-duplicates", "--json")
     return {
@@ -130,8 +133,11 @@ def sizes(store: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def search(store: Path, queries: Path) -> dict[str, Any]:
-    """Seconds to open a store, and queries or tokens a second of each search, in this process."""
+@main.command(hidden=True)
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("queries", type=click.Path(path_type=Path))
+def search(store: Path, queries: Path) -> None:
+    """Print the seconds to open a store, and queries or tokens a second of each search, in this process."""
     begin = time.perf_counter()
     opened = Store.open(store)
     neighbours = opened.neighbours()
@@ -151,7 +157,7 @@ def search(store: Path, queries: Path) -> dict[str, Any]:
         begin = time.perf_counter()
         function()
         rates[name] = count / (time.perf_counter() - begin)
-    return {"opening": opening, "per_second": rates}
+    print(json.dumps({"opening": opening, "per_second": rates}))
 
 
 def projected(last: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,10 +171,3 @@ def projected(last: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for tokens in PROJECTED
     ]
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--search"]:
-        print(json.dumps(search(Path(sys.argv[2]), Path(sys.argv[3]))))
-    else:
-        main()

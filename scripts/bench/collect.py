@@ -1,6 +1,6 @@
 """Throughput and memory of collect + audit + tokenise, beside tokenising the same text alone.
 
-    python scripts/bench_collect.py CORPUS/*.jsonl.zst > scripts/results/collect.json
+    python scripts/bench collect run CORPUS/*.jsonl.zst > scripts/results/collect.json
 
 Each measurement is a process of its own; ours and the peer take turns, on the same texts with the same tokenizer
 (trained once, before). The peer is `tokenizers` alone: `encode_batch_fast` over every text. Then ours once more on four
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 from tokenizers import Tokenizer
 
+from bench.harness import BENCH, subject
 from silo.audit import audit
 from silo.collect import collect
 from silo.corpus import Corpus
@@ -42,15 +43,16 @@ PEER_BATCH = 256
 
 @click.group()
 def main() -> None:
-    """See the module."""
+    """Collecting, auditing and tokenising beside tokenising alone; its parts run in processes of their own."""
 
 
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--vocab-size", default=16_384, show_default=True)
-def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
-    """Measure, and print one JSON document."""
+@click.option("--rounds", default=3, show_default=True, help="Counted rounds.")
+@click.option("--vocab-size", default=16_384, show_default=True, help="Entries of the tokenizer.")
+@subject
+def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> dict[str, Any]:
+    """Collecting, auditing and tokenising beside tokenising alone."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         tokenizer = root / "tokenizer.json"
@@ -66,10 +68,7 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
     seconds = [sum(each["seconds"].values()) for each in ours]
     alone = [each["seconds"]["tokenise"] for each in peer]
     ratios = [one / other for one, other in zip(seconds, alone, strict=True)]
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "data": files_hash(files),
         "megabytes": characters / 1e6,
         "rounds": rounds,
@@ -86,12 +85,12 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> None:
             "seconds_4x": fourfold["seconds"],
         },
     }
-    print(json.dumps(report, indent=1))
 
 
 def run_self(*arguments: str) -> str:
-    """What a command of this script prints, in a process of its own."""
-    return subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True).stdout
+    """What a command of this module prints, in a process of its own."""
+    typed = [sys.executable, BENCH, "collect", *arguments]
+    return subprocess.run(typed, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
 @main.command(hidden=True)
@@ -191,7 +190,3 @@ def shifted(files: tuple[Path, ...], out: Path, by: int) -> Path:
                 record["text"] = document.text.encode().translate(table).decode()
                 file.write(canonical_json(record))
     return out
-
-
-if __name__ == "__main__":
-    main()

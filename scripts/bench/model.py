@@ -1,6 +1,6 @@
 """How fast the model's layers train: forward, backward and optimizer, each in turns with its peer.
 
-    python scripts/bench_model.py > scripts/results/model.json
+    python scripts/bench model > scripts/results/model.json
 
 - ``dense`` and ``moe``: whole decoders of one shape, ours and transformers' Llama and Mixtral (experts by
   ``grouped_mm``), with torch's fused AdamW for all.
@@ -17,7 +17,6 @@ seed, medians, and ratios round by round.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -27,10 +26,10 @@ from typing import Any
 
 import click
 import torch
-from recording import command, commit, machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from bench.harness import subject
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN
 from training.optimizer import RowAdamW
@@ -51,21 +50,34 @@ BATCH, TIME = 4, 256
 WIDTH, HEADS, EXPERTS_PER_HEAD, TOKENS = 256, 8, 16, 512
 SIZES = {"65k": 256**2, "1m": 1024**2}
 FUSED: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+PARTS = ("dense", "moe", "peer", "peer_decoder")
 Step = Callable[[], None]
 
 
 @click.command()
 @click.option("--rounds", default=7, show_default=True, help="Counted rounds, after one that warms up.")
 @click.option("--threads", default=None, type=int, help="Threads of torch.  [default: all cores]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--part", "parts", multiple=True, type=click.Choice(["dense", "moe", "peer", "peer_decoder"]))
-@click.option("--peer-pytorch/--no-peer-pytorch", default=True, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of what is random.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["dense", "moe", "peer", "peer_decoder"]),
+    help="Only these.  [default: all]",
+)
+@click.option(
+    "--peer-pytorch/--no-peer-pytorch",
+    default=True,
+    show_default=True,
+    help="Whether the peer of the PEER layer is there.",
+)
 @click.option("--fused/--not-fused", default=True, show_default=True, help="AdamW of PEER-pytorch: its kernel.")
 @click.option("--profile", is_flag=True, help="Print torch.profiler's table of each contestant to stderr.")
+@subject
 def main(
     rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, fused: bool, profile: bool
-) -> None:
-    """Measure, and print one JSON document."""
+) -> dict[str, Any]:
+    """Training steps of layers beside other implementations."""
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -83,18 +95,14 @@ def main(
         if profile:
             for name, step in steps.items():
                 print(name, profiled(step), file=sys.stderr)
-    report = {
-        "machine": machine(),
+    return {
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        "command": command(),
-        "commit": commit(),
         "seed": seed,
         "shape": SHAPE | {"batch": BATCH, "time": TIME},
         "rounds": rounds,
         "result": result,
     }
-    print(json.dumps(report, indent=1))
 
 
 def decoders(kind: str) -> dict[str, Step]:
@@ -211,7 +219,3 @@ def profiled(step: Step) -> str:
         for _ in range(3):
             step()
     return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50)
-
-
-if __name__ == "__main__":
-    main()

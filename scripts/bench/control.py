@@ -1,6 +1,6 @@
 """Which codes lose how much, fitted on permissive or on the store's own text: recall and perplexity.
 
-    python scripts/bench_control.py CORPUS/*.jsonl.zst --model MODEL > scripts/results/control.json
+    python scripts/bench control CORPUS/*.jsonl.zst --model MODEL > scripts/results/control.json
 
 The permissive documents of the files' validation split teach centroids and codes; beside them, as a system without
 law 2 would, the store's own keys do. The store is restricted text of the training split, the queries are positions of
@@ -14,7 +14,6 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ import click
 import faiss
 import numpy as np
 import torch
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import say, subject
 from silo.documents import Document
 from silo.files import sha256
 from silo.language_model import LanguageModel
@@ -52,16 +52,17 @@ class Positions:
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True), help="Directory of the model.")
 @click.option("--name", required=True, help="What the model is called in RESULTS.md.")
 @click.option("--keys", default=1_000_000, show_default=True, help="Keys of the store.")
 @click.option("--control-keys", default=160_000, show_default=True, help="Permissive keys to fit on.")
 @click.option("--queries", default=4_000, show_default=True, help="Positions to fit on, and to report.")
 @click.option("--lists", default=1024, show_default=True, help="Inverted lists of the default setting.")
+@subject
 def main(
     files: tuple[Path, ...], model: Path, name: str, keys: int, control_keys: int, queries: int, lists: int
-) -> None:
-    """Measure, and print one JSON document."""
+) -> dict[str, Any]:
+    """Codes fitted on permissive or the store's own text: recall and perplexity."""
     lm = LanguageModel.load(model)
     documents = sorted((d for file in files for d in read(file)), key=lambda pair: sha256(pair[1].id.encode()))
     permissive = [d for split, d in documents if split == "val" and DEFAULT_POLICY.tier(d).permissive]
@@ -77,10 +78,7 @@ def main(
     exact.add(store.keys)
     settings = fit(exact, store, fitting)
     truth = exact.search(reported.keys, K)
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "seed": 0,
         "data": files_hash(files),
         "model": {"name": name, "fingerprint": lm.fingerprint},
@@ -103,12 +101,6 @@ def main(
             ],
         },
     }
-    print(json.dumps(report, indent=1))
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def read(file: Path) -> Iterator[tuple[str, Document]]:
@@ -240,7 +232,3 @@ def rerank(rows: np.ndarray, stored: np.ndarray, asked: np.ndarray) -> tuple[np.
 def recall(found: np.ndarray, truth: np.ndarray) -> float:
     """Share of the true neighbours that were found."""
     return float(np.mean([np.isin(wanted, got).mean() for got, wanted in zip(found, truth, strict=True)]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """How fast the ∞-gram scores text as the number of owners grows, and beside infini-gram's own engine.
 
     pip install infini-gram
-    python scripts/bench_ngram.py CORPUS/*.jsonl.zst > scripts/results/ngram.json
+    python scripts/bench ngram CORPUS/*.jsonl.zst > scripts/results/ngram.json
 
 Restricted documents are dealt out to 1, 200 and 2,000 owners, whose shards share groups as in a store. The peer is one
 merged index of the same documents; all take turns at scoring the same windows of documents that are in none of them.
@@ -18,7 +18,6 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -32,8 +31,9 @@ from typing import Any
 
 import click
 import numpy as np
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import say, subject
 from datastore.groups import regroup
 from datastore.keys import KeyGroup, write_keys
 from datastore.manifest import Group, ShardEntry
@@ -47,6 +47,7 @@ from silo.sources import open_source
 from training.tokens import train_tokenizer
 
 OWNERS = (1, 200, 2000)
+TOKENS = (3_900_000, 16_000_000)
 WINDOW = 1024
 BATCH = 8
 SEPARATOR = 0xFFFF
@@ -56,15 +57,23 @@ PEER_WINDOWS = 24
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--tokens", multiple=True, type=int, default=(3_900_000, 16_000_000), show_default=True)
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=int,
+    default=(3_900_000, 16_000_000),
+    show_default=True,
+    help="Tokens of the stores.",
+)
 @click.option("--windows", default=64, show_default=True, help="Windows of 1,024 tokens that are scored.")
 @click.option("--peer-tokens", default=512, show_default=True, help="Tokens that infini-gram scores a round.")
-@click.option("--vocabulary", default=16_384, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--vocabulary", default=16_384, show_default=True, help="Entries of the tokenizer.")
+@click.option("--rounds", default=5, show_default=True, help="Counted rounds.")
+@subject
 def main(
     files: tuple[Path, ...], tokens: tuple[int, ...], windows: int, peer_tokens: int, vocabulary: int, rounds: int
-) -> None:
-    """Measure, and print one JSON document."""
+) -> dict[str, Any]:
+    """The ∞-gram by owners, beside infini-gram."""
     documents = [d for file in files for d in open_source(str(file))]
     documents.sort(key=lambda document: sha256(document.id.encode()))
     held, queries = tokenized(documents, max(tokens), windows, vocabulary)
@@ -74,10 +83,7 @@ def main(
         for number, size in enumerate(tokens):
             cut = int(np.searchsorted(np.cumsum([len(each.tokens) for each in held]), size))
             result[str(size)] = measure(Path(scratch) / str(number), held[:cut], queries, peer_tokens, rounds)
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "seed": 0,
         "data": files_hash(files),
         "vocabulary": vocabulary,
@@ -85,12 +91,6 @@ def main(
         "rounds": rounds,
         "result": result,
     }
-    print(json.dumps(report, indent=1))
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def tokenized(
@@ -251,7 +251,3 @@ def compared(engine: Any, merged: NgramIndex, queries: list[np.ndarray], tokens:
             else:
                 told["different"] += 1
     return dict(told)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How a store behaves as its number of owners grows: opening, neighbours, blocks, removal.
 
-    python scripts/bench_store.py CORPUS/*.jsonl.zst --model quickstart/model > scripts/results/store.json
+    python scripts/bench store CORPUS/*.jsonl.zst --model quickstart/model > scripts/results/store.json
 
 Documents of real text are encoded once, and dealt out to 1, 4, 200 and 2,000 owners, whose stores hold the same keys;
 shards as large as those of 4 owners have search structures of their own. Building a shard takes turns with the model's
@@ -14,11 +14,9 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +28,9 @@ from typing import Any
 import click
 import faiss
 import numpy as np
-from recording import command, commit, files_hash, machine
+from recording import files_hash
 
+from bench.harness import say, subject
 from datastore.control import ControlPlane
 from datastore.knn import PROBES
 from datastore.shard import Encoded
@@ -52,12 +51,13 @@ BUILT_TOKENS = 200_000
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True), help="Directory of the model.")
 @click.option("--tokens", default=2_000_000, show_default=True, help="Tokens of the stores of many owners.")
 @click.option("--large-tokens", default=1_000_000, show_default=True, help="Tokens of the owner who is removed.")
-@click.option("--rounds", default=5, show_default=True)
-def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, rounds: int) -> None:
-    """Measure, and print one JSON document."""
+@click.option("--rounds", default=5, show_default=True, help="Counted rounds.")
+@subject
+def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, rounds: int) -> dict[str, Any]:
+    """A store by owners: adding, searching, removing."""
     lm = LanguageModel.load(model)
     documents = [d for file in files for d in open_source(str(file))]
     documents.sort(key=lambda document: sha256(document.id.encode()))
@@ -84,22 +84,13 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
             "blocks": blocks(stores, lm, small, rounds),
             "removal": removal(root, stores, large, rounds, encoding / rows[-1]),
         }
-    report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
+    return {
         "seed": 0,
         "data": files_hash(files),
         "model": lm.fingerprint,
         "rounds": rounds,
         "result": result,
     }
-    print(json.dumps(report, indent=1))
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def control_plane(lm: LanguageModel, permissive: list[Document], keys: int = 131_072) -> ControlPlane:
@@ -272,7 +263,3 @@ def syncing() -> Iterator[list[float]]:
         yield spent
     finally:
         os.fsync = real
-
-
-if __name__ == "__main__":
-    main()

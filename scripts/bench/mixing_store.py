@@ -1,4 +1,4 @@
-"""The store and the held-out text of bench_mixing.py.
+"""The store and the held-out text of the bench of mixing.
 
 What a search costs does not hang on whether keys are the right ones. So with a model that would take hours to read all
 text, the keys of the first documents are used for the others too, their codes changed a little. Tokens, blocks and
@@ -7,14 +7,14 @@ suffixes are always those of the documents themselves.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from bench_control import read
 
+from bench.control import read
+from bench.harness import say
 from datastore.control import ControlPlane
 from datastore.shard import Encoded, token_type
 from datastore.store import Store
@@ -41,11 +41,6 @@ class Corpus(NamedTuple):
     """Restricted ones of the validation split."""
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def read_corpus(files: Sequence[Path]) -> Corpus:
     """The documents of a corpus whose files name splits."""
     rows = sorted((row for file in files for row in read(file)), key=lambda row: sha256(row[1].id.encode()))
@@ -68,12 +63,14 @@ def make_store(path: Path, lm: LanguageModel, model: Path, corpus: Corpus, token
         held += len(keys[-1])
     store = Store.create(path, lm, model / "tokenizer.json", ControlPlane.fit(np.concatenate(keys), []))
     say(f"{len(store.control.centroids)} lists of {held:,} keys")
-    store.insert(_documents(store, lm, corpus.store, tokens, encoded))
+    store.insert(borrowing_keys(store, lm, corpus.store, tokens, encoded))
     say(f"{store.describe()['tokens']:,} tokens, {len(store.manifest.groups)} groups")
     return store
 
 
-def _documents(store: Store, lm: LanguageModel, documents: list[Document], tokens: int, encoded: int) -> list[Encoded]:
+def borrowing_keys(
+    store: Store, lm: LanguageModel, documents: list[Document], tokens: int, encoded: int
+) -> list[Encoded]:
     """Documents as shards hold them: encoded, and after so many tokens with others' keys."""
     random = np.random.default_rng(0)
     made: list[Encoded] = []
