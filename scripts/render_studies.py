@@ -10,19 +10,17 @@ NAMES = {"lm": "model alone", "lm+knn": "+ neighbours", "lm+ric": "+ blocks", "l
 
 
 def studies(record: dict[str, Any]) -> str:
-    """Opt-out, store size, neighbours, licences and routing on one store."""
-    result = record["result"]
-    subject = result["subject"]
-    parts = [opt_out(result["opt_out"]), store_size(result["store_size"]), neighbours(result["neighbours"])]
-    parts += [licenses(result["licenses"]), routing(result["routing"])]
-    return f"""## Studies: {record["model"]["name"]}
+    """One study on a store of all restricted domains."""
+    [(name, result)] = record["result"]["studies"].items()
+    title, render = STUDIES[name]
+    return f"""## Study of {title}: {record["model"]["name"]}
 
-`silo eval study …` on one store of {subject["store_tokens"]:,} tokens of all restricted domains alike. Weights are \
-fitted on validation text, numbers are of test text; in brackets 95 % bootstrap intervals over documents.
+`silo eval study {name}` on one store of {record["result"]["store_tokens"]:,} tokens of all restricted domains alike. \
+Weights are fitted on validation text, numbers are of test text; in brackets 95 % bootstrap intervals over documents.
 
 {provenance(record)}
 
-""" + "\n\n".join(parts) + "\n"  # fmt: skip
+""" + render(result) + "\n"  # fmt: skip
 
 
 def opt_out(result: dict[str, Any]) -> str:
@@ -54,8 +52,8 @@ def store_size(result: dict[str, Any]) -> str:
     rows.append("| nats a doubling | " + " | ".join(f"{fits[name]['nats_a_doubling']:+.4f}" for name in names) + " |")
     rows.append("| r² | " + " | ".join(f"{fits[name]['r2']:.4f}" for name in names) + " |")
     alone = spread(result["sizes"][0]["perplexity"]["lm"])
-    return f"""Store size: nested stores, {result["test_tokens"]:,} test tokens, λ and τ fitted at each size; the model \
-alone has {alone}. The last lines fit log-perplexity as a line in the logarithm of the size.
+    return f"""Store size: nested stores, {result["test_tokens"]:,} test tokens, λ and τ fitted at each size; the \
+model alone has {alone}. The last lines fit log-perplexity as a line in the logarithm of the size.
 
 | tokens in store | {" | ".join(NAMES[name] for name in names)} |
 |:---|{"---:|" * len(names)}
@@ -70,8 +68,8 @@ def neighbours(result: dict[str, Any]) -> str:
     ]
     lambdas = ", ".join(f"{row['lambda']:.2f}: {row['test']:.1f}" for row in result["by_lambda"][::3])
     chosen, lm = result["chosen"], result["lm"]
-    return f"""k, λ and τ of the neighbours, chosen on {result["validation_tokens"]:,} tokens of validation text from a \
-grid, reported on {result["test_tokens"]:,} of test text (model alone {lm["test"]:.1f}). Best: k = {chosen["k"]}, \
+    return f"""k, λ and τ of the neighbours, chosen on {result["validation_tokens"]:,} tokens of validation text from \
+a grid, reported on {result["test_tokens"]:,} of test text (model alone {lm["test"]:.1f}). Best: k = {chosen["k"]}, \
 τ = {chosen["temperature"]:g}, λ = {chosen["lambda"]:.3f}: {chosen["test"]:.1f}.
 
 | k | τ | λ | validation | test |
@@ -89,8 +87,8 @@ def licenses(result: dict[str, Any]) -> str:
     for step in steps:
         cells = " | ".join(f"{step['perplexity'][of]['all'][0]:.1f}" for of in groups)
         rows.append(f"| + {step['adds']} | {step['tokens']:,} | {cells} |")
-    return f"""Classes of licences added one by one: test perplexity of neighbours and ∞-gram together, of all text and \
-by the class of the text's own licence.
+    return f"""Classes of licences added one by one: test perplexity of neighbours and ∞-gram together, of all text \
+and by the class of the text's own licence.
 
 | store | tokens added | {" | ".join(groups)} |
 |:---|---:|{"---:|" * len(groups)}
@@ -106,8 +104,8 @@ def routing(result: dict[str, Any]) -> str:
         numbers = [row["unevenness"], told["domain"], told["license"], alike["mean"], alike["greatest"]]
         rows.append("| " + " | ".join([*map(str, cells), *(f"{each:.3f}" for each in numbers)]) + " |")
     domains = len(result["tokens"])
-    return f"""Routing of the model on text of {domains} domains ({sum(result["tokens"].values()):,} tokens): unevenness \
-of the load in nats; nats that the expert tells of the domain and of the licence; cosine of the experts' weights.
+    return f"""Routing of the model on text of {domains} domains ({sum(result["tokens"].values()):,} tokens): \
+unevenness of the load in nats; nats that the expert tells of the domain and of the licence; cosine of the experts' weights.
 
 | layer | kind | experts | dead | unevenness | on domain | on licence | mean cosine | greatest |
 |---:|:---|---:|---:|---:|---:|---:|---:|---:|
@@ -120,4 +118,11 @@ def spread(value: list[float | None]) -> str:
     return f"{middle:.1f}" if low is None or high is None else f"{middle:.1f} ({low:.1f}–{high:.1f})"
 
 
-SECTIONS = {"studies": studies}
+STUDIES = {
+    "opt-out": ("opting out", opt_out),
+    "store-size": ("store size", store_size),
+    "neighbours": ("k, λ and τ", neighbours),
+    "licenses": ("licences", licenses),
+    "routing": ("routing", routing),
+}
+SECTIONS = {f"study_{name.replace('-', '_')}": studies for name in STUDIES}
