@@ -105,7 +105,8 @@ def routing(result: dict[str, Any]) -> str:
         rows.append("| " + " | ".join([*map(str, cells), *(f"{each:.3f}" for each in numbers)]) + " |")
     domains = len(result["tokens"])
     return f"""Routing of the model on text of {domains} domains ({sum(result["tokens"].values()):,} tokens): \
-unevenness of the load in nats; nats that the expert tells of the domain and of the licence; cosine of the experts' weights.
+unevenness of the load in nats; nats that the expert tells of the domain and of the licence; cosine of the experts' \
+weights.
 
 | layer | kind | experts | dead | unevenness | on domain | on licence | mean cosine | greatest |
 |---:|:---|---:|---:|---:|---:|---:|---:|---:|
