@@ -289,3 +289,124 @@ def routing(model: Path, data: tuple[Path, ...], max_tokens: int | None, out: Pa
     read = [text for documents in domains.values() for text in sampled(lm, documents, max_tokens)]
     described = {"model": lm.fingerprint, "test": data_hash(read)}
     return write_study(out, "routing", described, result, study.figure(result))
+
+
+def render_membership(value: dict[str, Any]) -> None:
+    """Show each step."""
+    rows = []
+    for step in value["result"]["steps"]:
+        numbers = [step["auc"]["min_k"], step["auc"]["loss"], step["rouge_l"]]
+        cells = [" / ".join(f"{of[moment]:.3f}" for moment in ("before", "after", "never")) for of in numbers]
+        rows.append([f"{step['removals']}", *cells, "equal" if step["equal"] else "DIFFER"])
+    columns = ["removals", "AUC Min-K%", "AUC loss", "ROUGE-L", "after and never"]
+    show("before / after / never held", columns, rows)
+
+
+@study.command("membership")
+@subject_options("lm,knn,ngram")
+@click.option(
+    "--by", "unit", default="document", type=click.Choice(["document", "owner"]), help="What one removal is of."
+)
+@click.option("--removals", default=32, show_default=True, type=click.IntRange(min=1), help="So many in a row.")
+@reports(render_membership)
+def membership(out: Path, unit: Any, removals: int, **options: Any) -> dict[str, Any]:
+    """Whether removed text can be told from text that never was there, and is written word for word.
+
+    MUSE's privacy leakage and verbatim memorisation, at 1, 2, 4 and more removals from a copy of the store. The text
+    that never was there is that of --data. After the removals, all must be as with a store that never held them; if it
+    is not, the record is written and the command fails.
+
+    Example: silo eval study membership --model MODEL --store STORE --data test.jsonl --fit val.jsonl --out left.json
+    """
+    from eval.studies import membership as study
+    from eval.studies.record import write_study
+    from silo.errors import StoreError
+    from silo.progress import progress_bar
+
+    subject = open_subject(out=out, **options)
+    with progress_bar("steps") as progress:
+        result = study.study(subject, unit, removals, progress)
+    record = write_study(out, "membership", subject.described(), result, study.figure(result))
+    if not result["equal"]:
+        raise StoreError(
+            f"after the removals the store does not answer as one that never held the text; {out} says where"
+        )
+    return record
+
+
+def render_copying(value: dict[str, Any]) -> None:
+    """Show each mixture's runs."""
+    found = value["result"]["mixtures"]
+    rows = [
+        [name, f"{of['longest']}", f"{of['mean']:.1f}", *(f"{share:.1%}" for share in of["shares"].values())]
+        for name, of in found.items()
+    ]
+    lengths = [f"in runs of {least}" for least in next(iter(found.values()))["shares"]]
+    show("tokens in a row that stand in the store", ["written by", "longest", "mean", *lengths], rows)
+
+
+@study.command("copying")
+@subject_options("lm,knn,ngram")
+@click.option(
+    "--prompts", default=50, show_default=True, type=click.IntRange(min=1), help="Documents to write on after."
+)
+@click.option(
+    "--prompt-tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Of each, to begin with."
+)
+@click.option("--new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Written after each.")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: likeliest token.")
+@reports(render_copying)
+def copying(
+    out: Path, prompts: int, prompt_tokens: int, new_tokens: int, temperature: float, **options: Any
+) -> dict[str, Any]:
+    """The longest run of what each mixture writes that stands in the store word for word.
+
+    Example: silo eval study copying --model MODEL --store STORE --data test.jsonl --fit val.jsonl --out copying.json
+    """
+    from eval.studies import copying as study
+    from eval.studies.record import write_study
+    from silo.progress import progress_bar
+
+    subject = open_subject(out=out, **options)
+    with progress_bar("mixtures") as progress:
+        result = study.study(
+            subject,
+            prompts=prompts,
+            prompt=prompt_tokens,
+            written=new_tokens,
+            temperature=temperature,
+            progress=progress,
+        )
+    return write_study(out, "copying", subject.described(), result, study.figure(result))
+
+
+def render_reliance(value: dict[str, Any]) -> None:
+    """Show what each cut costs."""
+    rows = []
+    for name, of in value["result"]["groups"].items():
+        logs = [f"{of['log_probability'][each]:.3f}" for each in ("alone", "all")]
+        rows.append([name, f"{of['positions']:,}", *logs, *(f"{lost[0]:+.3f}" for lost in of["lost"].values())])
+    cuts = ["lost: last to block", "text to block", "last to text"]
+    show("nats a token", ["tokens", "positions", "alone", "with block", *cuts], rows)
+
+
+@study.command("reliance")
+@MODEL
+@STORE
+@DATA
+@MAX_TOKENS
+@OUT
+@reports(render_reliance)
+def reliance(out: Path, **options: Any) -> dict[str, Any]:
+    """Whether the model takes its answer from retrieved text or from its weights, by attention knocked out.
+
+    Example: silo eval study reliance --model MODEL --store STORE --data test.jsonl --out reliance.json
+    """
+    from eval.studies import reliance as study
+    from eval.studies.record import write_study
+    from silo.progress import progress_bar
+
+    subject = open_subject(out=out, methods=["lm"], fit_on=(), weights=None, **options)
+    with progress_bar("texts") as progress:
+        result = study.study(subject, progress)
+    return write_study(out, "reliance", subject.described(), result, study.figure(result))

@@ -79,7 +79,8 @@ def study(subject: Subject, owners: Sequence[Owner], progress: Progress | None =
         texts = subject.texts(owner.held_out)
         with tempfile.TemporaryDirectory(prefix="silo-opt-out-") as directory:
             stores = {"after": removed(subject.store, owner.name, Path(directory))}
-            stores["never"] = never(subject, {owner.name}, Path(directory), seed=number)
+            kept = {row.id for row in rows_of(subject.store) if row.owner != owner.name}
+            stores["never"] = never(subject, kept, Path(directory), seed=number)
             scores = {"before": score(mixture, texts)}
             scores |= {moment: score(subject.mixture(store), texts) for moment, store in stores.items()}
             rows.append(_row(subject, owner, texts, scores, stores, weighings))
@@ -100,12 +101,12 @@ def removed(store: Store, owner: str, directory: Path) -> Store:
     return Store.open(directory / "after")
 
 
-def never(subject: Subject, owners: set[str], directory: Path, *, seed: int) -> Store:
-    """A store of the same control plane that never held some owners, built in one shuffled addition."""
+def never(subject: Subject, ids: set[str], directory: Path, *, seed: int) -> Store:
+    """A store of the same control plane that never held any but some documents, built in one shuffled addition."""
     old = subject.store
     made = Store.create(directory / "never", subject.model, old.path / "tokenizer.json", old.control)
     encoded = [each for name in old.manifest.shards for each in old.shard(name).documents()]
-    kept = [each for each in encoded if each.document.owner not in owners]
+    kept = [each for each in encoded if each.document.id in ids]
     random.Random(seed).shuffle(kept)
     if kept:
         made.insert(kept)

@@ -44,7 +44,7 @@ def study(subject: Subject, sizes: int, progress: Progress | None = None) -> dic
     hidden = set(left_out.documents) if left_out else set()
     stores = nested([row for row in rows_of(subject.store) if row.id not in hidden], sizes)
     texts = subject.texts(subject.test)
-    measured = []
+    measured: list[dict[str, Any]] = []
     for number, documents in enumerate(stores, start=1):
         mixture = subject.mixture(allow=Selection(documents=tuple(row.id for row in documents)))
         weighings = subject.weighings(mixture)

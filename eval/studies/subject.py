@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Subject:
         )
         return cls(lm, opened, methods, test, validation, given, budget)
 
-    @property
+    @cached_property
     def left_out(self) -> Selection | None:
         """Documents of the store that are asked about too: they are not used, so that no position finds itself."""
         asked = {document.content_hash for document in (*self.test, *self.validation)}
