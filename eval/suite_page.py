@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.dots import Dot, Scale, draw_dots
 from eval.leakage import LENGTHS
-from eval.suite_report import notes, spread
+from eval.suite_report import EXACTNESS, exact_cells, notes, spread
 from eval.terms import METHODS, mixture_title
 from silo.files import write_file
 from silo.markup import Html, count, number, page, section, some, table, tag
@@ -25,7 +25,7 @@ def write_page(value: dict[str, Any], out: Path) -> None:
 
 def render_suite_page(value: dict[str, Any]) -> str:
     """The page of a result. Equal results give equal pages."""
-    parts = [summary, perplexities, gaps, bits, leaks, weights, reading, origin]
+    parts = [summary, perplexities, gaps, bits, leaks, exactness, weights, reading, origin]
     main = tag("main", *(part(value) for part in parts))
     return page(f"Suite {value['suite']['name']} · {headline(value)}", main)
 
@@ -250,6 +250,19 @@ def leaks(value: dict[str, Any]) -> Html:
         "inside runs of so many tokens that the store has word for word."
     )
     return section("What the store has of the test text", tag("p", said), table("Leakage", columns(names), groups))
+
+
+def exactness(value: dict[str, Any]) -> Html:
+    """How exact the perplexities are, and how much text would make them so."""
+    said = (
+        "The widest interval of a domain's perplexities, as a share of the perplexity to both sides, and the smallest "
+        "sample of which every one of them would be exact to ± 1 %: what to set as the domain's tokens in the suite."
+    )
+    rows = [exact_cells(row) for row in value["exactness"]]
+    names = [name[0].upper() + name[1:] for name in EXACTNESS]
+    return section(
+        "How exact this is", tag("p", said), table("The smallest sample for ± 1 %", columns(names), {"": rows})
+    )
 
 
 def weights(value: dict[str, Any]) -> Html:

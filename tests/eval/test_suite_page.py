@@ -10,7 +10,7 @@ import yaml
 from eval.dots import MARKS, Dot, Scale, draw_dots
 from eval.suite import load_suite
 from eval.suite_page import render_comparison_page, render_suite_page
-from eval.suite_report import compare, result, spread
+from eval.suite_report import compare, markdown, result, spread
 from eval.suite_run import Cell
 
 MIXTURES = ("lm", "lm+knn", "lm+ngram", "all")
@@ -116,6 +116,13 @@ def test_every_number_is_on_the_page(tmp_path):
     for gap in value["gap"]:
         for way in ("arithmetic", "geometric"):
             assert spread([100 * each for each in gap[way]], 1) in text
+    for each in value["exactness"]:
+        needed = (
+            f"{each['documents_needed']:,}",
+            f"{each['tokens_needed']:,}",
+            f"{100 * each['relative_error']:.1f} %",
+        )
+        assert all(shown in text for shown in needed)
     for each in value["cells"]:
         for key in ("model", "store", "text", "data", "weights"):
             assert each[key] is None or each[key] in text
@@ -123,6 +130,24 @@ def test_every_number_is_on_the_page(tmp_path):
         assert each in text
     assert value["made"]["commit"] in text
     assert "one stream, in windows of 1,024 tokens that advance by 512" in text
+
+
+def test_the_sample_that_is_needed_is_the_smallest(tmp_path):
+    """Of as many documents as are said to be needed, and of no fewer, every perplexity is exact to ± 1 %."""
+    value = found(tmp_path)
+    for row in value["exactness"]:
+        pilots = [
+            Cell(each["name"], each["domain"], False, each).sums(mixture)
+            for each in value["cells"]
+            if each["domain"] == row["domain"]
+            for mixture in each["log_probability"]
+        ]
+        worst = max(pilot.standard_error() for pilot in pilots)
+        halves = [1.96 * worst * math.sqrt(12 / (row["documents_needed"] - less)) for less in (0, 1)]
+        assert halves[0] <= 0.01 < halves[1]
+        assert row["relative_error"] == pytest.approx(1.96 * worst, rel=1e-4)
+        assert row["tokens_needed"] == math.ceil(row["documents_needed"] * pilots[0].tokens.mean())
+    assert "documents for ± 1 %" in markdown(value)
 
 
 def test_headline_is_worked_out(tmp_path):
