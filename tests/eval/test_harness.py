@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,8 @@ def test_local_tasks_run_through_the_harness(run, rows, mixture, model):
         assert "\n" not in said
         answer = lm.lm.generate_with_sources(sample["doc"]["context"], max_new_tokens=8, temperature=0)
         assert said == answer.text.partition("\n")[0]
+    answer = lm.lm.generate_with_sources("", max_new_tokens=5, temperature=0)
+    assert lm.generate_until([SimpleNamespace(args=("", {"max_gen_toks": 5}))], disable_tqdm=True) == [answer.text]
 
 
 def test_alone_it_scores_as_the_harness_s_own_class(model, texts):
