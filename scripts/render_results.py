@@ -12,6 +12,7 @@ from typing import Any
 import render_bench
 import render_mixing
 import render_model
+import render_reference
 import render_store
 import render_studies
 from recording import provenance
@@ -48,7 +49,7 @@ def results(records: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
     sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
     sections |= render_store.SECTIONS | render_model.SECTIONS | render_mixing.SECTIONS | render_bench.SECTIONS
-    sections |= render_studies.SECTIONS
+    sections |= render_reference.SECTIONS | render_studies.SECTIONS
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
         "`scripts/results`.\n\n"
