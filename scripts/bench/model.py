@@ -16,12 +16,10 @@ seed, medians, and ratios round by round.
 
 from __future__ import annotations
 
-import itertools
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from itertools import combinations as pairs
 from typing import Any
 
 import click
@@ -29,7 +27,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from bench.harness import subject
+from bench.harness import Measured, compete, subject
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN
 from training.optimizer import RowAdamW
@@ -190,27 +188,22 @@ def layer_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
 def compare(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
     """Run contestants in turns. Medians of their times, and of the ratio of each two, round by round: by the clock, and
     by the processor time of all threads, which other work on the machine disturbs less."""
-    clocks = {"wall": time.perf_counter, "processor": time.process_time}
-    spent: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in steps} for clock in clocks}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            begin = {clock: now() for clock, now in clocks.items()}
-            step()
-            for clock, now in clocks.items():
-                spent[clock][name].append(now() - begin[clock])
-    result: dict[str, Any] = {}
-    for clock, seconds in spent.items():
-        kept = {name: values[1:] for name, values in seconds.items()}
-        ratios = {
-            f"{other}_over_{name}": [a / b for a, b in zip(kept[other], kept[name], strict=True)]
-            for name, other in itertools.combinations(kept, 2)
+    contest = compete(steps, rounds)
+    return {
+        clock: {
+            "milliseconds": {name: round(1000 * contest.taken(name, clock).value, 2) for name in steps},
+            **told({f"{other}_over_{name}": contest.times(other, name, clock) for name, other in pairs(steps, 2)}),
         }
-        result[clock] = {
-            "milliseconds": {name: round(1000 * statistics.median(values), 2) for name, values in kept.items()},
-            "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
-            "spread": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
-        }
-    return result
+        for clock in contest.seconds
+    }
+
+
+def told(ratios: dict[str, Measured]) -> dict[str, Any]:
+    """For the record: medians and spreads apart."""
+    return {
+        "ratio": {name: round(each.value, 3) for name, each in ratios.items()},
+        "spread": {name: [round(each.low, 3), round(each.high, 3)] for name, each in ratios.items()},
+    }
 
 
 def profiled(step: Step) -> str:
