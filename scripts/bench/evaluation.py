@@ -14,6 +14,7 @@ Prints one JSON document: machine, command, commit, model, data hash, result.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +25,14 @@ import numpy as np
 import torch
 from recording import files_hash
 
+from bench import ceiling
 from bench.harness import Judge, compete, say, subject
 from eval.perplexity import PASSAGE_TOKENS
 from eval.protocols import Protocol
 from eval.scoring import Scorer
 from silo.documents import read_documents
 from silo.language_model import LanguageModel
+from training.flops import flops_per_token
 
 BATCHES = (1, 4, 16)
 """Batch sizes that the peer is given."""
@@ -47,16 +50,20 @@ APART = 1e-5
 def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> dict[str, Any]:
     """Scoring by the model alone beside lm-evaluation-harness."""
     torch.set_num_threads(1)
+    roof = ceiling.measure()
     model = LanguageModel.load(path)
     texts = whole_texts(model, data, tokens)
     result = measure(model, texts, Protocol("alone", context, context), rounds)
+    work = ceiling.Work(flops=flops_per_token(model.model, context, batch=1))
+    reached = roof.share(work, 1 / statistics.median(result["tokens_per_second"]["silo"]), 1)
     return {
         "data": files_hash([data]),
         "model": model.fingerprint,
         "context": context,
         "documents": len(texts),
         "rounds": rounds,
-        "result": result,
+        "ceiling": roof.told(),
+        "result": result | {"ceiling": reached},
     }
 
 

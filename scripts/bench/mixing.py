@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from recording import files_hash
 
+from bench import ceiling
 from bench.harness import compete, say, subject
 from bench.mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
 from bench.mixing_store import make_store, read_corpus
@@ -42,6 +43,7 @@ from silo.mixing import interpolate
 from silo.mixture import NEIGHBOURS, Mixture
 from silo.readings import NeighbourReading
 from silo.weights import METHODS
+from training.flops import flops_per_token
 
 IN_CONTEXT = InContext(blocks=1, text_tokens=128)
 CURVE = ((1, 256), (2, 256), (3, 256), (4, 64), (4, 256), (8, 256), (16, 256))
@@ -68,6 +70,7 @@ def main(
     """Scoring by the model and its mixtures, beside others' loops."""
     if quick:
         sizes |= {"tokens": 300_000, "encoded": 60_000, "text": 2_048, "rounds": 1, "peer_queries": 128}
+    roof = ceiling.measure()
     lm = LanguageModel.load(model)
     corpus = read_corpus(files)
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,6 +90,11 @@ def main(
             "neighbours": curve(lm, store, texts, sizes["rounds"], own_keys),
             "ngram": owners(root, lm, store, texts, sizes["rounds"]),
         }
+        work = ceiling.Work(flops=flops_per_token(lm.model, PASSAGE_TOKENS, batch=1))
+        result["ceiling"] = {
+            name: roof.share(work, 1 / result["mixtures"]["tokens_per_second"][name])
+            for name in ("forward pass", "all")
+        }
         if peers:
             result["peers"] = beside_peers(peers, lm, store, texts, sizes["peer_queries"], sizes["rounds"])
     return {
@@ -95,6 +103,7 @@ def main(
         "data": files_hash(files),
         "model": lm.fingerprint,
         "rounds": sizes["rounds"],
+        "ceiling": roof.told(),
         "result": result,
     }
 

@@ -9,9 +9,10 @@
   GB of memory are needed (``--no-peer-pytorch`` if it is not installed).
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
-Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks Linux for huge pages, which spares a
-million experts most of their page faults; both contestants gain. Prints one JSON document: machine, command, commit,
-seed, medians, and ratios round by round.
+Beside each contestant stand the operations of its matrix products and the share of the machine's rate that it reached;
+what an optimizer moves is not in them. Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks
+Linux for huge pages, which spares a million experts most of their page faults; all contestants gain. Prints one JSON
+document: machine, command, commit, seed, medians, and ratios round by round.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from bench import ceiling
 from bench.harness import Measured, compete, subject
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN
@@ -78,6 +80,7 @@ def main(
     """Training steps of layers beside other implementations."""
     if threads is not None:
         torch.set_num_threads(threads)
+    roof = ceiling.measure()
     torch.manual_seed(seed)
     contests: dict[str, Callable[[], dict[str, Step]]] = {
         "dense": lambda: decoders("dense"),
@@ -89,6 +92,10 @@ def main(
     for part in parts or contests:
         steps = contests[part]()
         result[part] = compare(steps, rounds)
+        result[part]["ceiling"] = {
+            name: roof.share(ceiling.products_of(step), result[part]["wall"]["milliseconds"][name] / 1000)
+            for name, step in steps.items()
+        }
         print(f"{part}: {result[part]['wall']['milliseconds']}", file=sys.stderr, flush=True)
         if profile:
             for name, step in steps.items():
@@ -99,6 +106,7 @@ def main(
         "seed": seed,
         "shape": SHAPE | {"batch": BATCH, "time": TIME},
         "rounds": rounds,
+        "ceiling": roof.told(),
         "result": result,
     }
 

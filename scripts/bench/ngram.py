@@ -32,6 +32,7 @@ import click
 import numpy as np
 from recording import files_hash
 
+from bench import ceiling
 from bench.harness import WrongResult, compete, say, subject
 from datastore.groups import regroup
 from datastore.keys import KeyGroup, write_keys
@@ -50,6 +51,8 @@ TOKENS = (3_900_000, 16_000_000)
 WINDOW = 1024
 BATCH = 8
 SEPARATOR = 0xFFFF
+WORK = ceiling.Work(reads=2)
+"""Of a token, at least: where its suffix stands in the array, and what stands there in the text."""
 PEER_WINDOWS = 24
 """Windows whose counts are compared with infini-gram's."""
 
@@ -73,6 +76,7 @@ def main(
     files: tuple[Path, ...], tokens: tuple[int, ...], windows: int, peer_tokens: int, vocabulary: int, rounds: int
 ) -> dict[str, Any]:
     """The ∞-gram by owners, beside infini-gram."""
+    roof = ceiling.measure()
     documents = [d for file in files for d in open_source(str(file))]
     documents.sort(key=lambda document: sha256(document.id.encode()))
     held, queries = tokenized(documents, max(tokens), windows, vocabulary)
@@ -82,12 +86,15 @@ def main(
         for number, size in enumerate(tokens):
             cut = int(np.searchsorted(np.cumsum([len(each.tokens) for each in held]), size))
             result[str(size)] = measure(Path(scratch) / str(number), held[:cut], queries, peer_tokens, rounds)
+            rates = result[str(size)]["tokens_per_second"]
+            result[str(size)]["ceiling"] = {name: roof.share(WORK, 1 / rate) for name, rate in rates.items()}
     return {
         "seed": 0,
         "data": files_hash(files),
         "vocabulary": vocabulary,
         "windows": len(queries),
         "rounds": rounds,
+        "ceiling": roof.told(),
         "result": result,
     }
 

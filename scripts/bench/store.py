@@ -30,6 +30,8 @@ import faiss
 import numpy as np
 from recording import files_hash
 
+from bench import ceiling
+from bench.ceiling import Work
 from bench.harness import Contest, alike, compete, say, subject
 from datastore.control import ControlPlane
 from datastore.knn import PROBES
@@ -40,6 +42,7 @@ from silo.files import sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 from silo.sources import open_source
+from training.flops import flops_per_token
 
 NEIGHBOURS = 256
 QUERIES = 1024
@@ -58,6 +61,7 @@ BUILT_TOKENS = 200_000
 @subject
 def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, rounds: int) -> dict[str, Any]:
     """A store by owners: adding, searching, removing."""
+    roof = ceiling.measure()
     lm = LanguageModel.load(model)
     documents = [d for file in files for d in open_source(str(file))]
     documents.sort(key=lambda document: sha256(document.id.encode()))
@@ -84,13 +88,36 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
             "blocks": blocks(stores, lm, small, rounds),
             "removal": removal(root, stores, large, rounds, encoding / rows[-1]),
         }
+        result["ceiling"] = {
+            "neighbours": {
+                n: roof.share(work_of_a_search(stores[1], queries), 1 / rate)
+                for n, rate in result["neighbours"]["queries_per_second"].items()
+            },
+            "building": {
+                name: roof.share(Work(flops=flops_per_token(lm.model, 256)), 1 / rate)
+                for name, rate in result["building"]["queries_per_second"].items()
+                if name != "keys"
+            },
+        }
     return {
         "seed": 0,
         "data": files_hash(files),
         "model": lm.fingerprint,
         "rounds": rounds,
+        "ceiling": roof.told(),
         "result": result,
     }
+
+
+def work_of_a_search(store: Store, keys: np.ndarray) -> Work:
+    """What a query for neighbours needs on average: the codes in its lists, and a difference, square and sum for each
+    coordinate of theirs."""
+    lists = np.zeros(len(store.control.centroids), np.int64)
+    for name in store.manifest.shards:
+        lists += np.bincount(store.shard(name).lists, minlength=len(lists))
+    _, probed = store.control.coarse_index().search(keys, PROBES)
+    scanned = float(lists[probed].sum(axis=1).mean())
+    return Work(bytes=scanned * store.control.codes.size, flops=3 * scanned * keys.shape[1])
 
 
 def control_plane(lm: LanguageModel, permissive: list[Document], keys: int = 131_072) -> ControlPlane:

@@ -29,6 +29,8 @@ import click
 import torch
 from accelerate import Accelerator
 
+from bench import ceiling
+from bench.ceiling import Ceiling
 from bench.harness import alike, compete, subject
 from silo.config import load_config
 from silo.modeling import SiloForCausalLM
@@ -61,6 +63,7 @@ SHAPES = {
 def main(corpus: Path, rounds: int) -> dict[str, Any]:
     """The trainer's step beside a bare one."""
     torch.set_num_threads(1)
+    roof = ceiling.measure()
     result, fingerprint = {}, ""
     for name, overrides in SHAPES.items():
         with tempfile.TemporaryDirectory() as root:
@@ -69,12 +72,12 @@ def main(corpus: Path, rounds: int) -> dict[str, Any]:
             recipe = load_config(Recipe, RECIPES / "nano.yaml", settings)
             _, _, tokens = open_inputs(recipe)
             fingerprint = tokens.manifest["corpus"]
-            result[name] = measured(recipe, tokens, make_accelerator(recipe), rounds)
+            result[name] = measured(recipe, tokens, make_accelerator(recipe), rounds, roof)
             click.echo(f"{name}: {result[name]}", err=True)
-    return {"data": fingerprint, "result": result}
+    return {"data": fingerprint, "ceiling": roof.told(), "result": result}
 
 
-def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, rounds: int) -> dict[str, Any]:
+def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, rounds: int, roof: Ceiling) -> dict[str, Any]:
     """The ratios of our step to others, and what a checkpoint costs in steps."""
     models = [SiloForCausalLM(model_config(recipe, tokens.tokenizer)) for _ in range(3)]
     for model in models[1:]:
@@ -100,6 +103,8 @@ def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, rounds: i
     }
     clock = {"processor": time.process_time}  # others may be using the machine
     contest = compete(contestants, rounds, judge=alike(LOSSES_APART), prepare=next_sequences, clocks=clock)
+    next_sequences()
+    work = ceiling.products_of(ours)
     with checkpoints.held():
         save = {"save": lambda: checkpoints.save(plan.state(), run.model, run.optimizer, run.losses)}
         saved = compete(save, CHECKPOINTS, clocks=clock).taken("save", "processor")
@@ -111,6 +116,7 @@ def measured(recipe: Recipe, tokens: Tokens, accelerator: Accelerator, rounds: i
         "quartiles": [round(each, 4) for each in beside["bare"][1:]],
         "beside_accelerate": beside["accelerate"],
         "seconds_a_step": round(step, 4),
+        "ceiling": roof.share(work, step, 1),
         "checkpoint_in_steps": round(saved.value / step, 2),
     }
 
