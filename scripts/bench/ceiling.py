@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import Measured, compete, subject
+from training.flops import FORMULAS
 
 ARRAY_BYTES = 2**28
 """Of each array."""
@@ -40,6 +42,15 @@ class Work(NamedTuple):
     """Of single words at places that are known only then."""
 
 
+def products_of(call: Callable[[], Any]) -> Work:
+    """The operations of the matrix products of a call, forward and backward, of those that torch can count."""
+    # oneDNN fills up the runs of experts to a few lengths, which is work but no part of the function.
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with torch.backends.mkldnn.flags(enabled=False), counter:
+        call()
+    return Work(flops=counter.get_total_flops())
+
+
 class Ceiling(NamedTuple):
     """Rates of this machine, by number of threads."""
 
@@ -51,6 +62,11 @@ class Ceiling(NamedTuple):
     """Float32 operations a second."""
     random: dict[str, Measured]
     """Reads a second."""
+
+    @classmethod
+    def read(cls, record: dict[str, dict[str, list[float]]]) -> Ceiling:
+        """As it was told."""
+        return cls(**{name: {of: Measured(*rate) for of, rate in rates.items()} for name, rates in record.items()})
 
     def told(self) -> dict[str, dict[str, Measured]]:
         """For the record."""

@@ -57,8 +57,9 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> dict[str, Any]
         root = Path(scratch)
         tokenizer = root / "tokenizer.json"
         names = [str(file.resolve()) for file in files]
-        # A process of its own: a child starts with its parent's peak memory, so this one has to stay small.
-        characters = json.loads(run_self("prepare", str(tokenizer), str(vocab_size), str(root), *names))
+        # Processes of their own: a child starts with its parent's peak memory, so this one has to stay small.
+        roof = json.loads(run_bench("ceiling"))["result"]
+        characters = json.loads(run_bench("collect", "prepare", str(tokenizer), str(vocab_size), str(root), *names))
         heap = names
         ours, peer = [], []
         for _ in range(rounds):
@@ -68,12 +69,17 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> dict[str, Any]
     seconds = [sum(each["seconds"].values()) for each in ours]
     alone = [each["seconds"]["tokenise"] for each in peer]
     ratios = [one / other for one, other in zip(seconds, alone, strict=True)]
+    from bench.ceiling import Ceiling, Work  # now that no process starts any more: it loads torch
+
+    reached = Ceiling.read(roof).share(Work(bytes=characters), statistics.median(seconds), 1)
     return {
         "data": files_hash(files),
         "megabytes": characters / 1e6,
         "rounds": rounds,
         "vocab_size": vocab_size,
+        "ceiling": roof,
         "result": {
+            "ceiling": reached,
             "ratio": statistics.median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
             "seconds": {name: statistics.median(each["seconds"][name] for each in ours) for name in ours[0]["seconds"]},
@@ -87,9 +93,9 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> dict[str, Any]
     }
 
 
-def run_self(*arguments: str) -> str:
-    """What a command of this module prints, in a process of its own."""
-    typed = [sys.executable, BENCH, "collect", *arguments]
+def run_bench(*arguments: str) -> str:
+    """What a command of the bench prints, in a process of its own."""
+    typed = [sys.executable, str(BENCH), *arguments]
     return subprocess.run(typed, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
@@ -110,7 +116,7 @@ def prepare(tokenizer: Path, vocab_size: int, root: Path, files: tuple[Path, ...
 
 def worker(kind: str, tokenizer: Path, root: Path, files: list[str]) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
-    printed = run_self("work", kind, str(tokenizer), str(root / "out"), *files)
+    printed = run_bench("collect", "work", kind, str(tokenizer), str(root / "out"), *files)
     shutil.rmtree(root / "out", ignore_errors=True)
     print(f"{kind}: {printed.strip()}", file=sys.stderr)
     return json.loads(printed)

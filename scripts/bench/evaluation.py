@@ -5,8 +5,8 @@
 
 Both are given the same model in memory, each document alone and windows that do not overlap, which is how the peer
 reads (``loglikelihood_rolling``). They take turns, the peer with each batch size; its best one counts. Time is that of
-the processor, on one thread, since other work on the machine stretches the clock's. The result must be equal to 1e-5 a
-token.
+the processor, on one thread, since other work on the machine stretches the clock's. The results must be equal to 1e-5 a
+token, or there are none.
 
 Prints one JSON document: machine, command, commit, model, data hash, result.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,17 +25,19 @@ import numpy as np
 import torch
 from recording import files_hash
 
-from bench.harness import subject
+from bench import ceiling
+from bench.harness import Judge, compete, say, subject
 from eval.perplexity import PASSAGE_TOKENS
 from eval.protocols import Protocol
 from eval.scoring import Scorer
 from silo.documents import read_documents
 from silo.language_model import LanguageModel
+from training.flops import flops_per_token
 
 BATCHES = (1, 4, 16)
 """Batch sizes that the peer is given."""
-WARM = 512
-"""Tokens that each scores before its time is taken."""
+APART = 1e-5
+"""By how much the sum of a text may differ, a token."""
 
 
 @click.command()
@@ -49,16 +50,20 @@ WARM = 512
 def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> dict[str, Any]:
     """Scoring by the model alone beside lm-evaluation-harness."""
     torch.set_num_threads(1)
+    roof = ceiling.measure()
     model = LanguageModel.load(path)
     texts = whole_texts(model, data, tokens)
     result = measure(model, texts, Protocol("alone", context, context), rounds)
+    work = ceiling.Work(flops=flops_per_token(model.model, context, batch=1))
+    reached = roof.share(work, 1 / statistics.median(result["tokens_per_second"]["silo"]), 1)
     return {
         "data": files_hash([data]),
         "model": model.fingerprint,
         "context": context,
         "documents": len(texts),
         "rounds": rounds,
-        "result": result,
+        "ceiling": roof.told(),
+        "result": result | {"ceiling": reached},
     }
 
 
@@ -77,7 +82,7 @@ def whole_texts(model: LanguageModel, data: Path, tokens: int) -> list[str]:
 
 
 def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: int) -> dict[str, Any]:
-    """Tokens a second of all in turn, and by how much the sums of a text differ."""
+    """Tokens a second of all in turn."""
     peers = {size: harness(model, protocol.context, size) for size in BATCHES}
     ids = [
         np.asarray(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
@@ -89,25 +94,38 @@ def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: 
         "silo": lambda: [math.fsum(each) for each in scorer.score(ids, protocol)],
         **{f"lm_eval, batches of {size}": lambda peer=peer: peer(texts) for size, (_, peer) in peers.items()},
     }
-    scorer.score([ids[0][:WARM]], protocol)
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    sums: dict[str, list[float]] = {}
-    for number in range(rounds):
-        for name, contestant in contestants.items():
-            begun = time.process_time()
-            sums[name] = contestant()
-            rates[name].append(count / (time.process_time() - begun))
-            print(f"round {number + 1}: {name} {rates[name][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
-    middle = {name: statistics.median(each) for name, each in rates.items()}
-    best = max((name for name in middle if name != "silo"), key=middle.__getitem__)
-    apart = [abs(ours - theirs) / len(each) for ours, theirs, each in zip(sums["silo"], sums[best], ids, strict=True)]
+    rounds_told = compete(
+        contestants,
+        rounds,
+        units=dict.fromkeys(contestants, count),
+        judge=agreed([len(each) for each in ids]),
+        clocks={"processor": time.process_time},
+    )
+    rates = {name: [1 / each for each in of] for name, of in rounds_told.seconds["processor"].items()}
+    middle = {name: rounds_told.rate(name, "processor") for name in contestants}
+    say(f"{ {name: f'{each.value:,.0f}' for name, each in middle.items()} } tokens/s")
+    best = max((name for name in middle if name != "silo"), key=lambda name: middle[name].value)
     return {
         "tokens": count,
         "tokens_per_second": rates,
         "best_peer": best,
-        "times_the_best_peer": middle["silo"] / middle[best],
-        "largest_difference_a_token": max(apart),
+        "times_the_best_peer": middle["silo"].value / middle[best].value,
+        "agree_to": APART,
     }
+
+
+def agreed(lengths: list[int]) -> Judge:
+    """A judge who wants the same sum of each text, a token."""
+
+    def judge(sums: dict[str, list[float]]) -> str:
+        (first, wanted), *others = sums.items()
+        for name, found in others:
+            apart = [abs(a - b) / count for a, b, count in zip(wanted, found, lengths, strict=True)]
+            if not max(apart) <= APART:
+                return f"{name} and {first} differ by {max(apart):.1e} a token in text {apart.index(max(apart))}"
+        return ""
+
+    return judge
 
 
 def harness(model: LanguageModel, context: int, batch: int) -> tuple[int, Callable[[Sequence[str]], list[float]]]:

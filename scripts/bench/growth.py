@@ -32,9 +32,8 @@ from bench import ceiling
 from bench.ceiling import Ceiling, Work
 from bench.harness import Contest, Measured, compete, exponent, moved, say, subject
 from bench.mixing_store import borrowing_keys
-from bench.store import LARGE, build, control_plane, once, owned
+from bench.store import LARGE, build, control_plane, once, owned, work_of_a_search
 from datastore.control import ControlPlane
-from datastore.knn import PROBES
 from datastore.shard import Encoded
 from datastore.store import Selection, Store
 from silo.documents import Document
@@ -169,13 +168,11 @@ class Asked:
 def grown_by_tokens(stores: dict[int, Store], asked: Asked, roof: Ceiling, root: Path, rounds: int) -> dict[str, Any]:
     """Searches, opening, and removing one document, by the size of the store."""
     opened = {size: (store.neighbours(), store.blocks(), store.ngrams()) for size, store in stores.items()}
-    scanned = {size: keys_scanned(store, asked.keys) for size, store in stores.items()}
-    width, code = asked.keys.shape[1], {size: store.control.codes.size for size, store in stores.items()}
     found = {
         "a query for neighbours": told(
             race(lambda size: opened[size][0].search(asked.keys, NEIGHBOURS), stores, rounds, QUERIES),
             roof,
-            {size: Work(bytes=many * code[size], flops=3 * many * width) for size, many in scanned.items()},
+            {size: work_of_a_search(store, asked.keys) for size, store in stores.items()},
         ),
         "a query for blocks": told(
             race(lambda size: opened[size][1].search(asked.texts, 1), stores, rounds, len(asked.texts))
@@ -252,15 +249,6 @@ def told(contest: Contest, roof: Ceiling | None = None, work: dict[int, Work] | 
 def some_document(store: Store) -> str:
     """One document of the store: the first of its first shard."""
     return store.rows()[min(store.manifest.shards)][0].id
-
-
-def keys_scanned(store: Store, keys: np.ndarray) -> float:
-    """How many keys a query compares itself with, on average."""
-    lists = np.zeros(len(store.control.centroids), np.int64)
-    for name in store.manifest.shards:
-        lists += np.bincount(store.shard(name).lists, minlength=len(lists))
-    _, probed = store.control.coarse_index().search(keys, PROBES)
-    return float(lists[probed].sum(axis=1).mean())
 
 
 def encoding(

@@ -98,6 +98,7 @@ def compete(
     *,
     units: Mapping[str, int] | None = None,
     judge: Judge | None = None,
+    prepare: Callable[[], Any] = lambda: None,
     clocks: Mapping[str, Callable[[], float]] = CLOCKS,
 ) -> Contest:
     """Let contestants take turns.
@@ -107,6 +108,7 @@ def compete(
         rounds: that count, after one that warms up.
         units: of work that each does in a round.  [default: one]
         judge: is told after each round what all of them gave, outside the time that is taken.
+        prepare: called before each round, outside the time that is taken.
         clocks: that tell seconds.
 
     Raises:
@@ -115,6 +117,7 @@ def compete(
     spent: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in contestants} for clock in clocks}
     names = list(contestants)
     for number in range(rounds + 1):
+        prepare()
         given = {}
         for name in names if number % 2 else names[::-1]:
             begun = {clock: now() for clock, now in clocks.items()}

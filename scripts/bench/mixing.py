@@ -17,9 +17,7 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,8 @@ import numpy as np
 import torch
 from recording import files_hash
 
-from bench.harness import say, subject
+from bench import ceiling
+from bench.harness import compete, say, subject
 from bench.mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
 from bench.mixing_store import make_store, read_corpus
 from bench.ngram import dealt
@@ -44,6 +43,7 @@ from silo.mixing import interpolate
 from silo.mixture import NEIGHBOURS, Mixture
 from silo.readings import NeighbourReading
 from silo.weights import METHODS
+from training.flops import flops_per_token
 
 IN_CONTEXT = InContext(blocks=1, text_tokens=128)
 CURVE = ((1, 256), (2, 256), (3, 256), (4, 64), (4, 256), (8, 256), (16, 256))
@@ -70,6 +70,7 @@ def main(
     """Scoring by the model and its mixtures, beside others' loops."""
     if quick:
         sizes |= {"tokens": 300_000, "encoded": 60_000, "text": 2_048, "rounds": 1, "peer_queries": 128}
+    roof = ceiling.measure()
     lm = LanguageModel.load(model)
     corpus = read_corpus(files)
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,6 +90,11 @@ def main(
             "neighbours": curve(lm, store, texts, sizes["rounds"], own_keys),
             "ngram": owners(root, lm, store, texts, sizes["rounds"]),
         }
+        work = ceiling.Work(flops=flops_per_token(lm.model, PASSAGE_TOKENS, batch=1))
+        result["ceiling"] = {
+            name: roof.share(work, 1 / result["mixtures"]["tokens_per_second"][name])
+            for name in ("forward pass", "all")
+        }
         if peers:
             result["peers"] = beside_peers(peers, lm, store, texts, sizes["peer_queries"], sizes["rounds"])
     return {
@@ -97,6 +103,7 @@ def main(
         "data": files_hash(files),
         "model": lm.fingerprint,
         "rounds": sizes["rounds"],
+        "ceiling": roof.told(),
         "result": result,
     }
 
@@ -104,22 +111,12 @@ def main(
 def in_turns(calls: dict[str, Callable[[], Any]], counts: dict[str, int], base: str, rounds: int) -> dict[str, Any]:
     """Tokens a second of each call, and how many times the base's time a token takes, round by round; by the clock, and
     by the processor's time, which suffers less from whoever else uses the machine."""
-    clocks = {"": time.perf_counter, "processor_": time.process_time}
-    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in calls} for clock in clocks}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, call in calls.items():
-            begins = {clock: now() for clock, now in clocks.items()}
-            call()
-            for clock, now in clocks.items():
-                seconds[clock][name].append((now() - begins[clock]) / counts[name])
-    out: dict[str, Any] = {}
-    for clock, by_name in seconds.items():
-        kept = {name: values[1:] for name, values in by_name.items()}
-        times = {name: [x / y for x, y in zip(values, kept[base], strict=True)] for name, values in kept.items()}
-        if not clock:
-            out["tokens_per_second"] = {name: 1 / statistics.median(values) for name, values in kept.items()}
-        out[f"{clock}times_{base}"] = {name: statistics.median(values) for name, values in times.items()}
-        out[f"{clock}spread"] = {name: [min(values), max(values)] for name, values in times.items()}
+    contest = compete(calls, rounds, units=counts)
+    out: dict[str, Any] = {"tokens_per_second": {name: contest.rate(name).value for name in calls}}
+    for clock, prefix in (("wall", ""), ("processor", "processor_")):
+        times = {name: contest.times(name, base, clock) for name in calls}
+        out[f"{prefix}times_{base}"] = {name: each.value for name, each in times.items()}
+        out[f"{prefix}spread"] = {name: [each.low, each.high] for name, each in times.items()}
     say(f"{ {name: f'{rate:.0f}/s' for name, rate in out['tokens_per_second'].items()} }")
     return out
 

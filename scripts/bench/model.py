@@ -9,19 +9,18 @@
   GB of memory are needed (``--no-peer-pytorch`` if it is not installed).
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
-Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks Linux for huge pages, which spares a
-million experts most of their page faults; both contestants gain. Prints one JSON document: machine, command, commit,
-seed, medians, and ratios round by round.
+Beside each contestant stand the operations of its matrix products and the share of the machine's rate that it reached;
+what an optimizer moves is not in them. Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks
+Linux for huge pages, which spares a million experts most of their page faults; all contestants gain. Prints one JSON
+document: machine, command, commit, seed, medians, and ratios round by round.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from itertools import combinations as pairs
 from typing import Any
 
 import click
@@ -29,7 +28,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from bench.harness import subject
+from bench import ceiling
+from bench.harness import Measured, compete, subject
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN
 from training.optimizer import RowAdamW
@@ -80,6 +80,7 @@ def main(
     """Training steps of layers beside other implementations."""
     if threads is not None:
         torch.set_num_threads(threads)
+    roof = ceiling.measure()
     torch.manual_seed(seed)
     contests: dict[str, Callable[[], dict[str, Step]]] = {
         "dense": lambda: decoders("dense"),
@@ -91,6 +92,10 @@ def main(
     for part in parts or contests:
         steps = contests[part]()
         result[part] = compare(steps, rounds)
+        result[part]["ceiling"] = {
+            name: roof.share(ceiling.products_of(step), result[part]["wall"]["milliseconds"][name] / 1000)
+            for name, step in steps.items()
+        }
         print(f"{part}: {result[part]['wall']['milliseconds']}", file=sys.stderr, flush=True)
         if profile:
             for name, step in steps.items():
@@ -101,6 +106,7 @@ def main(
         "seed": seed,
         "shape": SHAPE | {"batch": BATCH, "time": TIME},
         "rounds": rounds,
+        "ceiling": roof.told(),
         "result": result,
     }
 
@@ -190,27 +196,22 @@ def layer_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
 def compare(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
     """Run contestants in turns. Medians of their times, and of the ratio of each two, round by round: by the clock, and
     by the processor time of all threads, which other work on the machine disturbs less."""
-    clocks = {"wall": time.perf_counter, "processor": time.process_time}
-    spent: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in steps} for clock in clocks}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            begin = {clock: now() for clock, now in clocks.items()}
-            step()
-            for clock, now in clocks.items():
-                spent[clock][name].append(now() - begin[clock])
-    result: dict[str, Any] = {}
-    for clock, seconds in spent.items():
-        kept = {name: values[1:] for name, values in seconds.items()}
-        ratios = {
-            f"{other}_over_{name}": [a / b for a, b in zip(kept[other], kept[name], strict=True)]
-            for name, other in itertools.combinations(kept, 2)
+    contest = compete(steps, rounds)
+    return {
+        clock: {
+            "milliseconds": {name: round(1000 * contest.taken(name, clock).value, 2) for name in steps},
+            **told({f"{other}_over_{name}": contest.times(other, name, clock) for name, other in pairs(steps, 2)}),
         }
-        result[clock] = {
-            "milliseconds": {name: round(1000 * statistics.median(values), 2) for name, values in kept.items()},
-            "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
-            "spread": {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()},
-        }
-    return result
+        for clock in contest.seconds
+    }
+
+
+def told(ratios: dict[str, Measured]) -> dict[str, Any]:
+    """For the record: medians and spreads apart."""
+    return {
+        "ratio": {name: round(each.value, 3) for name, each in ratios.items()},
+        "spread": {name: [round(each.low, 3), round(each.high, 3)] for name, each in ratios.items()},
+    }
 
 
 def profiled(step: Step) -> str:

@@ -18,7 +18,6 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ import click
 import numpy as np
 from recording import files_hash
 
-from bench.harness import say, subject
+from bench import ceiling
+from bench.harness import WrongResult, compete, say, subject
 from datastore.groups import regroup
 from datastore.keys import KeyGroup, write_keys
 from datastore.manifest import Group, ShardEntry
@@ -51,6 +51,8 @@ TOKENS = (3_900_000, 16_000_000)
 WINDOW = 1024
 BATCH = 8
 SEPARATOR = 0xFFFF
+WORK = ceiling.Work(reads=2)
+"""Of a token, at least: where its suffix stands in the array, and what stands there in the text."""
 PEER_WINDOWS = 24
 """Windows whose counts are compared with infini-gram's."""
 
@@ -74,6 +76,7 @@ def main(
     files: tuple[Path, ...], tokens: tuple[int, ...], windows: int, peer_tokens: int, vocabulary: int, rounds: int
 ) -> dict[str, Any]:
     """The ∞-gram by owners, beside infini-gram."""
+    roof = ceiling.measure()
     documents = [d for file in files for d in open_source(str(file))]
     documents.sort(key=lambda document: sha256(document.id.encode()))
     held, queries = tokenized(documents, max(tokens), windows, vocabulary)
@@ -83,12 +86,15 @@ def main(
         for number, size in enumerate(tokens):
             cut = int(np.searchsorted(np.cumsum([len(each.tokens) for each in held]), size))
             result[str(size)] = measure(Path(scratch) / str(number), held[:cut], queries, peer_tokens, rounds)
+            rates = result[str(size)]["tokens_per_second"]
+            result[str(size)]["ceiling"] = {name: roof.share(WORK, 1 / rate) for name, rate in rates.items()}
     return {
         "seed": 0,
         "data": files_hash(files),
         "vocabulary": vocabulary,
         "windows": len(queries),
         "rounds": rounds,
+        "ceiling": roof.told(),
         "result": result,
     }
 
@@ -132,27 +138,25 @@ def measure(
             named = name if batch == 1 else f"{name}, {batch} windows a call"
             calls[named] = (WINDOW * len(queries), partial(match_all, each, queries, batch))
     calls["infini-gram"] = (len(part), lambda: scored(engine, part))
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, (count, call) in calls.items():
-            start = time.perf_counter()
-            call()
-            rates[name].append(count / (time.perf_counter() - start))
-    ratios = {
-        peer: {n: [x / y for x, y in zip(rates[n][1:], rates[peer][1:], strict=True)] for n in calls}
-        for peer in ("merged", "infini-gram")
-    }
+    if not same(merged, list(opened.values()), queries):
+        raise WrongResult("stores of other numbers of owners answer otherwise than the merged index")
+    told = compared(engine, merged, queries)
+    if told.get("different"):
+        raise WrongResult(f"{told['different']:,} counts differ from infini-gram's for no known reason")
+    units = {name: count for name, (count, _) in calls.items()}
+    contest = compete({name: call for name, (_, call) in calls.items()}, rounds, units=units)
+    ratios = {peer: {n: contest.speed(n, peer) for n in calls} for peer in ("merged", "infini-gram")}
     return {
         "tokens": sum(len(each.tokens) for each in held),
         "documents": len(held),
         "groups": {str(n): len(each.groups) for n, each in opened.items()},
         "seconds_to_write_keys_and_suffixes_of_one_group": building,
         "seconds_to_build_infini_gram": peer_building,
-        "tokens_per_second": {name: statistics.median(values[1:]) for name, values in rates.items()},
-        **{f"ratio_to_{peer}": {n: statistics.median(v) for n, v in each.items()} for peer, each in ratios.items()},
-        **{f"spread_to_{peer}": {n: [min(v), max(v)] for n, v in each.items()} for peer, each in ratios.items()},
-        "equal_for_all_owners": same(merged, list(opened.values()), queries),
-        "beside_infini_gram": compared(engine, merged, queries),
+        "tokens_per_second": {name: contest.rate(name).value for name in calls},
+        **{f"ratio_to_{peer}": {n: v.value for n, v in each.items()} for peer, each in ratios.items()},
+        **{f"spread_to_{peer}": {n: [v.low, v.high] for n, v in each.items()} for peer, each in ratios.items()},
+        "equal_for_all_owners": True,
+        "beside_infini_gram": told,
     }
 
 

@@ -129,6 +129,9 @@ def training_step(result: Record, _: str) -> Iterator[Ratio]:
     for recipe, found in result.items():
         measured = Measured(found["ratio"], *found["quartiles"])
         yield Ratio(f"a step of silo train, {recipe}", "a bare step", measured, "lower", clock="processor")
+        if "beside_accelerate" in found:
+            measured = Measured(*found["beside_accelerate"])
+            yield Ratio(f"a step of silo train, {recipe}", "accelerate's loop", measured, "lower", clock="processor")
 
 
 def evaluation(result: Record, _: str) -> Iterator[Ratio]:

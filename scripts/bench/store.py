@@ -30,7 +30,9 @@ import faiss
 import numpy as np
 from recording import files_hash
 
-from bench.harness import say, subject
+from bench import ceiling
+from bench.ceiling import Work
+from bench.harness import Contest, alike, compete, say, subject
 from datastore.control import ControlPlane
 from datastore.knn import PROBES
 from datastore.shard import Encoded
@@ -40,6 +42,7 @@ from silo.files import sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 from silo.sources import open_source
+from training.flops import flops_per_token
 
 NEIGHBOURS = 256
 QUERIES = 1024
@@ -58,6 +61,7 @@ BUILT_TOKENS = 200_000
 @subject
 def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, rounds: int) -> dict[str, Any]:
     """A store by owners: adding, searching, removing."""
+    roof = ceiling.measure()
     lm = LanguageModel.load(model)
     documents = [d for file in files for d in open_source(str(file))]
     documents.sort(key=lambda document: sha256(document.id.encode()))
@@ -84,13 +88,36 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
             "blocks": blocks(stores, lm, small, rounds),
             "removal": removal(root, stores, large, rounds, encoding / rows[-1]),
         }
+        result["ceiling"] = {
+            "neighbours": {
+                n: roof.share(work_of_a_search(stores[1], queries), 1 / rate)
+                for n, rate in result["neighbours"]["queries_per_second"].items()
+            },
+            "building": {
+                name: roof.share(Work(flops=flops_per_token(lm.model, 256)), 1 / rate)
+                for name, rate in result["building"]["queries_per_second"].items()
+                if name != "keys"
+            },
+        }
     return {
         "seed": 0,
         "data": files_hash(files),
         "model": lm.fingerprint,
         "rounds": rounds,
+        "ceiling": roof.told(),
         "result": result,
     }
+
+
+def work_of_a_search(store: Store, keys: np.ndarray) -> Work:
+    """What a query for neighbours needs on average: the codes in its lists, and a difference, square and sum for each
+    coordinate of theirs."""
+    lists = np.zeros(len(store.control.centroids), np.int64)
+    for name in store.manifest.shards:
+        lists += np.bincount(store.shard(name).lists, minlength=len(lists))
+    _, probed = store.control.coarse_index().search(keys, PROBES)
+    scanned = float(lists[probed].sum(axis=1).mean())
+    return Work(bytes=scanned * store.control.codes.size, flops=3 * scanned * keys.shape[1])
 
 
 def control_plane(lm: LanguageModel, permissive: list[Document], keys: int = 131_072) -> ControlPlane:
@@ -143,15 +170,17 @@ def building(
             break
         chosen.append(replace(document, owner=LARGE))
         tokens.append(lm.tokenize(document))
-    seconds: dict[str, list[float]] = {"keys": [], "forward": [], "add": []}
-    for number in range(rounds + 1):
-        store = Store.create(root / f"built-{number}", lm, model / "tokenizer.json", plane)
-        seconds["keys"].append(timed(lambda: [lm.keys(each) for each in tokens]))
-        seconds["forward"].append(timed(lambda: [len(keys) for each in tokens for keys, _ in lm.logits(each)]))
-        seconds["add"].append(timed(lambda store=store: store.add(chosen, lm)))  # type: ignore[misc]
+    stores = [Store.create(root / f"built-{n}", lm, model / "tokenizer.json", plane) for n in range(rounds + 1)]
+    fresh = iter(stores)
+    calls: dict[str, Callable[[], Any]] = {
+        "keys": lambda: [lm.keys(each) for each in tokens],
+        "forward": lambda: [len(keys) for each in tokens for keys, _ in lm.logits(each)],
+        "add": lambda: next(fresh).add(chosen, lm),
+    }
+    contest = compete(calls, rounds, units=dict.fromkeys(calls, sum(map(len, tokens))))
+    for store in stores:
         shutil.rmtree(store.path)
-    found = rates(seconds, "forward", sum(map(len, tokens)))
-    return {**found, "ratio_to_keys": rates(seconds, "keys", 1)["ratio_to_keys"]}
+    return {**rates(contest, "forward"), "ratio_to_keys": rates(contest, "keys")["ratio_to_keys"]}
 
 
 def opening(store: Store, rounds: int) -> float:
@@ -182,33 +211,45 @@ def neighbours(
             merged.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(of_list))
     merged.ntotal = len(numbers)
     opened = {n: stores[n].neighbours() for n in SEARCHED}
-    seconds: dict[str, list[float]] = {"merged": [], **{str(n): [] for n in opened}}
-    for _ in range(rounds + 1):
-        seconds["merged"].append(timed(lambda: merged.search(queries, NEIGHBOURS)))
-        for n, index in opened.items():
-            seconds[str(n)].append(timed(lambda index=index: index.search(queries, NEIGHBOURS)))  # type: ignore[misc]
-    return rates(seconds, "merged", len(queries))
+    calls: dict[str, Callable[[], Any]] = {"merged": lambda: merged.search(queries, NEIGHBOURS)}
+    calls |= {str(n): lambda index=index: index.search(queries, NEIGHBOURS) for n, index in opened.items()}  # type: ignore[misc]
+    contest = compete(calls, rounds, units=dict.fromkeys(calls, len(queries)), judge=as_near)
+    return rates(contest, "merged")
+
+
+def as_near(given: dict[str, Any]) -> str:
+    """A judge who wants the distances that FAISS found, its first."""
+    theirs, rows = given["merged"]
+    wanted = {"merged": np.where(rows < 0, np.inf, theirs)}
+    return alike(1e-6)(wanted | {n: found.squared_l2 for n, found in given.items() if n != "merged"})
 
 
 def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:
     """Queries a second of the BM25 index of each store."""
     texts = [lm.tokenizer.decode(each.tokens[100:164].tolist()) for each in encoded if len(each.tokens) > 200][:256]
     opened = {n: stores[n].blocks() for n in SEARCHED}
-    seconds: dict[str, list[float]] = {str(n): [] for n in opened}
-    for _ in range(rounds + 1):
-        for n, index in opened.items():
-            seconds[str(n)].append(timed(lambda index=index: index.search(texts, 1)))  # type: ignore[misc]
-    return rates(seconds, "1", len(texts))
+    calls = {str(n): lambda index=index: index.search(texts, 1) for n, index in opened.items()}  # type: ignore[misc]
+    contest = compete(calls, rounds, units=dict.fromkeys(calls, len(texts)), judge=same_blocks)
+    return rates(contest, "1")
 
 
-def rates(seconds: dict[str, list[float]], peer: str, count: int) -> dict[str, Any]:
-    """Queries a second, and as a ratio to the peer's, round by round; the first round warms up."""
-    kept = {name: values[1:] for name, values in seconds.items()}
-    ratios = {name: [p / s for p, s in zip(kept[peer], values, strict=True)] for name, values in kept.items()}
+def same_blocks(given: dict[str, Any]) -> str:
+    """A judge who wants the same blocks, with the same scores, of all."""
+    told = {
+        n: [[(block.document.id, block.start, block.score) for block in hits] for hits in found]
+        for n, found in given.items()
+    }
+    wrong = [n for n in told if told[n] != told["1"]]
+    return f"the stores of {', '.join(wrong)} owners found other blocks than that of one" if wrong else ""
+
+
+def rates(contest: Contest, peer: str) -> dict[str, Any]:
+    """For the record: what all do a second, and how many times as fast as the peer they are."""
+    ratios = {name: contest.speed(name, peer) for name in contest.seconds["wall"]}
     return {
-        "queries_per_second": {name: count / statistics.median(values) for name, values in kept.items()},
-        f"ratio_to_{peer}": {name: statistics.median(values) for name, values in ratios.items()},
-        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
+        "queries_per_second": {name: contest.rate(name).value for name in ratios},
+        f"ratio_to_{peer}": {name: each.value for name, each in ratios.items()},
+        "spread": {name: [each.low, each.high] for name, each in ratios.items()},
     }
 
 
