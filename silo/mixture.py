@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from silo.adaptive import Scattered, Spare
 from silo.in_context import BlockReading, InContext, read_in_context
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
@@ -113,12 +114,15 @@ class Mixture:
         blocks: BlockSource | None = None,
         ngrams: NgramSource | None = None,
         in_context: InContext | None = None,
+        spare: Spare | None = None,
     ) -> None:
+        """``spare`` says which searches for neighbours are spared, if any."""
         self.model = model
         self.neighbours = neighbours
         self.blocks = blocks
         self.ngrams = ngrams
         self.in_context = in_context or InContext()
+        self.spare = spare
 
     @property
     def methods(self) -> list[str]:
@@ -154,16 +158,23 @@ class Mixture:
         begin = 0
         for keys, logits in self.model.logits(tokens):
             end = begin + len(logits)
-            knn, ric, ngram = None, None, None
-            if self.neighbours is not None:
-                knn = NeighbourReading(self.neighbours.search(keys, NEIGHBOURS), self.neighbours)
+            lm, ric, ngram = ModelReading.of(logits), None, None
             if self.blocks is not None:
                 ric = read_in_context(self.model, self.blocks, tokens, begin, end, self.in_context)
             if matches is not None and self.ngrams is not None:
                 own = torch.from_numpy(tokens[begin:end].astype(np.int64))
                 ngram = NgramReading(matches, self.ngrams, np.arange(first + begin, first + end), own)
-            yield Parts(begin, end, ModelReading.of(logits), knn, ric, ngram)
+            yield Parts(begin, end, lm, self._neighbours(keys, lm, ngram), ric, ngram)
             begin = end
+
+    def _neighbours(self, keys: np.ndarray, lm: ModelReading, ngram: NgramReading | None) -> NeighbourReading | None:
+        """The neighbours of (n, d) keys, where their search is not spared."""
+        if self.neighbours is None:
+            return None
+        if self.spare is None:
+            return NeighbourReading(self.neighbours.search(keys, NEIGHBOURS), self.neighbours)
+        where = self.spare.searched(lm, ngram)
+        return NeighbourReading(Scattered(self.neighbours.search(keys[where], NEIGHBOURS), where), self.neighbours)
 
     def attribute(self, parts: Parts, index: int, token: int, weighing: Weighing) -> list[Share]:
         """Split p(token) at one position exactly into the model's share and one a document and method, largest first.
