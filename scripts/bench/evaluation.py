@@ -1,6 +1,6 @@
 """How fast texts are scored by a model alone, beside lm-evaluation-harness on the same model and windows.
 
-    pip install lm_eval
+    pip install '.[bench]'
     python scripts/bench evaluation --model MODEL test.jsonl > scripts/results/evaluation.json
 
 Both are given the same model in memory, each document alone and windows that do not overlap, which is how the peer
