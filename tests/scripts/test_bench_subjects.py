@@ -100,9 +100,11 @@ def test_blocks_of_another_document_are_judged(bench):
 @pytest.mark.parametrize("wrong", ["silo", "lm_eval, batches of 1"])
 def test_sums_of_a_text_are_judged_by_the_token(bench, wrong):
     """A sum that is off by more than a hundred-thousandth a token is told, whoever's it is; so is one that is none."""
-    judge = bench("evaluation").agreed([100, 1000])
+    seen = []
+    judge = bench("evaluation").agreed([100, 1000], seen)
     sums = {"silo": [-50.0, -700.0], "lm_eval, batches of 1": [-50.0, -700.0]}
     assert judge({**sums, wrong: [-50.0, -700.005]}) == ""
+    assert seen == [pytest.approx(5e-6)]
     assert "differ by 2.0e-05 a token in text 1" in judge({**sums, wrong: [-50.0, -700.02]})
     assert judge({**sums, wrong: [float("nan"), -700.0]})
 
