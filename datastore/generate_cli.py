@@ -74,7 +74,9 @@ def render(value: dict[str, Any]) -> None:
 @click.option("--model", required=True, type=PATH, help="Directory of the model.")
 @click.option("--store", type=PATH, help="The store; without one the model writes alone.")
 @click.option("--use", metavar="METHODS", help="Such as lm,knn,ngram. Default: what is weighed.")
-@click.option("--weights", metavar="FILE", help="A gate, or weights that --save-weights wrote; needed with a store.")
+@click.option(
+    "--weights", metavar="FILE", help="A gate, or weights that --save-weights wrote. Default: the store's gate."
+)
 @policy_options
 @click.option(
     "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="So many tokens at most."

@@ -133,6 +133,20 @@ def load(path: Path, digest: str) -> Receipt:
     return Receipt(path, json.loads(read_checked(path, digest)))
 
 
+def out_of_reach(log: Path, receipts: Path, ids: set[str]) -> dict[str, list[str]]:
+    """What a removal of some documents does not reach, if there is any: the receipts of ``exports`` that held one of
+    them, and files of weights that were fitted with the store."""
+    found: dict[str, set[str]] = {"exports": set(), "weights_to_fit_again": set()}
+    for line in read(log):
+        if line["operation"] in ("export", "fit"):
+            content = load(receipts / line["receipt"], line["receipt_sha256"]).content
+            if line["operation"] == "fit":
+                found["weights_to_fit_again"].add(content["weights"]["file"])
+            elif not ids.isdisjoint(row["id"] for row in content["documents"]):
+                found["exports"].add(line["receipt"])
+    return {name: sorted(each) for name, each in found.items() if each}
+
+
 def discard_uncommitted(receipts: Path, last_sequence: int) -> None:
     """Remove receipts of changes that were never committed, and half-written ones."""
     for path in receipts.iterdir():

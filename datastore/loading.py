@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from silo.in_context import InContext
 
 
+OWN_GATE = "gate"
+"""In place of a file of weights: the gate that the store keeps."""
+
+
 def load(
     model: str | Path | LanguageModel,
     *,
@@ -36,7 +40,7 @@ def load(
         store: of that model; without one the model is alone.
         use: ``lm``, and of ``knn``, ``ric`` and ``ngram`` what is wanted; if absent, what is weighed.
         weights: a JSON file, of a gate or of weights, or a mapping, as :func:`silo.weights.read_weighing` takes them,
-            such as ``{"knn": 0.3}``; or a weighing.
+            such as ``{"knn": 0.3}``; or a weighing. If absent, or ``"gate"``, the store's own gate.
         allow: documents that may be used, if not all: patterns of licences such as ``"CC-BY-*"``, or a mapping such as
             ``{"owners": ["Ada"], "sources": ["mail"]}``, of which a document needs one.
         deny: documents that may not, in the same way.
@@ -74,11 +78,13 @@ def choose_weighing(
 def _weighing(
     weights: str | Path | Mapping[str, Any] | Weighing | None, use: Sequence[str] | None, store: Store | None
 ) -> Weighing:
-    if weights is None:
+    if weights is None and (store is None or not store.manifest.gate):
         raise UsageError(
-            "a store without weights; give weights: a file that `silo eval gate` or `silo eval perplexity --fit FILE "
-            '--save-weights` wrote, or λ by method such as {"knn": 0.3}'
+            "a store without weights; teach it a gate with `silo eval gate`, or give weights: a file that `silo eval "
+            'perplexity --fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
         )
+    if store is not None and weights in (None, OWN_GATE):
+        weights = store.gate_path()
     if isinstance(weights, (str, Path, Mapping)):
         return read_weighing(weights, use, model=store.manifest.model["fingerprint"] if store is not None else None)
     return weights

@@ -48,7 +48,15 @@ class Manifest:
     receipt: str = ""
     """File name of the last change's receipt."""
     receipt_sha256: str = FIRST
+    gate: str = ""
+    """SHA-256 of the file of the store's own gate, if it has one. It is learnt from permissive text, and no part of
+    what the store answers: only of how a reader weighs it."""
     format: int = FORMAT
+
+    @property
+    def gate_file(self) -> str | None:
+        """The name of the gate's file."""
+        return f"gate-{self.gate[:16]}.json" if self.gate else None
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -30,7 +30,7 @@ from datastore.shard import DocumentRow, DocumentRows, Shard
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import View
 from silo.documents import Document
-from silo.errors import DataError, StoreError
+from silo.errors import DataError, StoreError, UsageError
 from silo.files import read_checked
 
 if TYPE_CHECKING:
@@ -319,6 +319,17 @@ class Snapshot:
                 }
             )
         return table
+
+    def gate_path(self) -> Path:
+        """The file of the store's own gate, its checksum compared.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if self.manifest.gate_file is None:
+            raise UsageError(f"{self.path} has no gate of its own; learn one with `silo eval gate`")
+        read_checked(self.path / self.manifest.gate_file, self.manifest.gate)
+        return self.path / self.manifest.gate_file
 
     def log(self) -> list[dict[str, Any]]:
         """What was added and removed, and when."""

@@ -56,6 +56,7 @@ from silo.files import (
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from silo.gate import Gate
     from silo.language_model import LanguageModel
 
 SPOOL = "spool"
@@ -237,24 +238,24 @@ class Store(Snapshot):
             noted = {"file": file.name, "sha256": sha256_file(file), "owners": sorted(set(owners))}
             return self._commit({}, "fit", [], request={}, reason="", told={"weights": noted})
 
-    def _weights_fitted(self) -> list[str]:
-        """The files of weights that were fitted with this store so far."""
-        receipts = [
-            history.load(self.path / "receipts" / line["receipt"], line["receipt_sha256"])
-            for line in self.log()
-            if line["operation"] == "fit"
-        ]
-        return sorted({receipt.content["weights"]["file"] for receipt in receipts})
+    def keep_gate(self, gate: Gate, provenance: dict[str, Any]) -> Receipt:
+        """Make a gate the store's own, in place of the one before: its readers weigh by it if they say nothing else.
 
-    def _exports_of(self, ids: set[str]) -> list[str]:
-        """The receipts of exports that held any of some documents: copies that a removal here does not reach."""
-        found = []
-        for line in self.log():
-            if line["operation"] == "export":
-                receipt = history.load(self.path / "receipts" / line["receipt"], line["receipt_sha256"])
-                if not ids.isdisjoint(row["id"] for row in receipt.content["documents"]):
-                    found.append(line["receipt"])
-        return found
+        Args:
+            gate: what :func:`eval.rehearsal.rehearse` learnt for this store, from permissive text.
+            provenance: what it said of how.
+
+        Raises:
+            StoreError: it was learnt for another model or beside another control plane.
+        """
+        with self._writing():
+            learnt_for = (provenance.get("model"), provenance.get("control"))
+            if learnt_for != (self.manifest.model["fingerprint"], self.manifest.control):
+                raise StoreError("the gate was learnt for another model or control plane; learn one with this store")
+            data = canonical_json({**gate.to_json(), "provenance": provenance})
+            self.manifest = replace(self.manifest, gate=sha256(data))
+            write_file(self.path / str(self.manifest.gate_file), data)
+            return self._commit({}, "gate", [], request={}, reason="", told={"gate": self.manifest.gate})
 
     def remove(
         self,
@@ -297,10 +298,7 @@ class Store(Snapshot):
                 )
                 changed[name] = staying or None
             told: dict[str, Any] = {"near_duplicates": alike} if duplicates != "ignore" else {}
-            if exports := self._exports_of(ids):
-                told["exports"] = exports
-            if fitted := self._weights_fitted():
-                told["weights_to_fit_again"] = fitted
+            told |= history.out_of_reach(self.path / "log.jsonl", self.path / "receipts", ids)
             return self._commit(
                 changed, "remove", going, request=selection.request(), reason=reason, told=told, key=key
             )
@@ -450,8 +448,10 @@ class Store(Snapshot):
             remove_tree(self._spool)
             collected.append(SPOOL)
         history.discard_uncommitted(self.path / "receipts", self.manifest.sequence)
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
+        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("gate-*.json")):
+            if leftover.name != self.manifest.gate_file:
+                leftover.unlink()
+                collected += [leftover.name] if leftover.suffix == ".json" else []
         if self.manifest.sequence:
             path = self.path / "receipts" / self.manifest.receipt
             history.append(self.path / "log.jsonl", history.load(path, self.manifest.receipt_sha256))
@@ -468,7 +468,9 @@ class Store(Snapshot):
         with exclusive_lock(self.path / ".lock"):
             self._reload()
             collected = self._collect()
-            refuse_strays(self.path, PARTS)
+            refuse_strays(self.path, PARTS | {str(self.manifest.gate_file)})
+            if self.manifest.gate:
+                self.gate_path()
             read_checked(self.path / "tokenizer.json", self.manifest.tokenizer)
             verify_directory(self.path / "control", "control.json", self.manifest.control)
             for entry in self.manifest.shards.values():

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from datastore.generate_cli import policy_options
+from eval.options import file_of_weights, parse_methods, require_options
+from eval.study_cli import study
 from eval.suite_cli import compare, suite
+from eval.zero_shot_cli import zero_shot
 from silo.cli import reports
-from silo.errors import UsageError
 
 if TYPE_CHECKING:
     from datastore.policy import QueryPolicy
@@ -23,22 +25,12 @@ if TYPE_CHECKING:
     from silo.mixture import Mixture
     from silo.weights import Weights
 
-METHODS = ("lm", "knn", "ric", "ngram")
 MODEL_ALONE = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
 
 
 @click.group("eval")
 def evaluate() -> None:
     """Measure perplexity with and without the store."""
-
-
-def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    """Read ``lm,knn,ric``."""
-    methods = value.split(",")
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
-        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn, ric and ngram, such as lm,knn")
-    return methods
 
 
 def render(value: dict[str, Any]) -> None:
@@ -59,7 +51,11 @@ def render(value: dict[str, Any]) -> None:
 @click.option("--use", "methods", default="lm", callback=parse_methods, help="Such as lm,knn,ngram. Default lm.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON Lines to report on.")
 @click.option("--fit", "fit_on", type=click.Path(path_type=Path), help="JSON Lines to fit weights on; other documents.")
-@click.option("--weights", type=click.Path(path_type=Path), help="A gate, or weights that --save-weights wrote.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Weights that --save-weights wrote, a gate, or gate: the store's own.",
+)
 @click.option("--save-weights", type=click.Path(path_type=Path), help="Write the fitted weights to this file.")
 @click.option(
     "--max-tokens",
@@ -95,6 +91,7 @@ def perplexity(
     from silo.progress import progress_bar
 
     require_options(methods, store, fit_on, weights)
+    weights = weights and file_of_weights(weights, store)
     documents = list(read_documents(data))
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
@@ -133,16 +130,6 @@ def perplexity(
     }
 
 
-def require_options(methods: list[str], store: Path | None, fit_on: Path | None, weights: Path | None) -> None:
-    """Raise :class:`UsageError` for options that do not fit together."""
-    if fit_on and weights:
-        raise UsageError("--fit and --weights were both given; choose one")
-    if len(methods) > 1 and store is None:
-        raise UsageError(f"--use {','.join(methods)} needs --store")
-    if len(methods) > 1 and not (fit_on or weights):
-        raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
-
-
 def open_mixture(
     lm: LanguageModel, store: Path | None, methods: list[str], asked: Sequence[Document], policy: QueryPolicy
 ) -> tuple[Mixture, dict[str, Any]]:
@@ -178,7 +165,7 @@ def render_gate(value: dict[str, Any]) -> None:
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="The store that the gate is for.")
 @click.option("--use", "methods", default="lm,knn,ngram", callback=parse_methods, show_default=True, help="Methods.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Write the gate to this file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the gate to this file.  [default: to the store]")
 @click.option("--store-tokens", default=400_000, show_default=True, help="Tokens of the rehearsal's store.")
 @click.option("--asked-tokens", default=60_000, show_default=True, help="Tokens to learn from, and to judge by.")
 @reports(render_gate)
@@ -187,16 +174,17 @@ def gate(
     model: Path,
     store: Path,
     methods: list[str],
-    out: Path,
+    out: Path | None,
     store_tokens: int,
     asked_tokens: int,
 ) -> dict[str, Any]:
     """Learn, from permissive FILES, how far to trust a store at each token.
 
     The text must be under permissive licences, of several owners, and not have taught the model: it plays the part of
-    a store's text. The gate weighs the methods of --use by what they found, for all owners alike.
+    a store's text. The gate weighs the methods of --use by what they found, for all owners alike. Without --out the
+    store keeps it: `silo generate` and silo.load then weigh by it, and so does --weights gate.
 
-    Example: silo eval gate permissive/control.jsonl --model MODEL --store STORE --out gate.json
+    Example: silo eval gate permissive/control.jsonl --model MODEL --store STORE
     """
     from datastore.control import read_trained_on
     from datastore.store import Store
@@ -208,11 +196,11 @@ def gate(
     from silo.progress import progress_bar
 
     documents = [document for file in files for document in read_documents(file)]
-    lm = LanguageModel.load(model)
+    lm, opened = LanguageModel.load(model), Store.open(store)
     with progress_bar("rehearse") as progress:
         learnt, source = rehearse(
             lm,
-            Store.open(store),
+            opened,
             documents,
             methods,
             policy=DEFAULT_POLICY,
@@ -221,9 +209,15 @@ def gate(
             asked_tokens=asked_tokens,
             progress=progress,
         )
-    write_json(out, {**learnt.to_json(), "provenance": source})
+    if out is None:
+        opened.keep_gate(learnt, source)
+        out = opened.gate_path()
+    else:
+        write_json(out, {**learnt.to_json(), "provenance": source})
     return {"gate": str(out), **{name: value for name, value in source.items() if name != "teachers"}}
 
 
 evaluate.add_command(suite)
 evaluate.add_command(compare)
+evaluate.add_command(study)
+evaluate.add_command(zero_shot)

@@ -133,7 +133,7 @@ class Entry:
     store: Path | None = None
     use: list = field(default_factory=lambda: ["lm"])
     weights: Path | None = None
-    """A gate, or fitted weights; if absent they are fitted on each domain's validation text."""
+    """A gate, fitted weights, or ``gate``, the store's own; if absent, fitted on each domain's validation text."""
 
     def __post_init__(self) -> None:
         if (

@@ -32,7 +32,7 @@ def render_suite(value: dict[str, Any]) -> None:
 )
 @reports(render_suite)
 def suite(suite: Path, overrides: tuple[str, ...], out: Path, base: Path) -> dict[str, Any]:
-    """Measure the models of SUITE on its domains, and write result.json and result.md to --out.
+    """Measure the models of SUITE on its domains, and write result.json, result.md and result.html to --out.
 
     SUITE is a YAML file, or the name of one that comes with SILO: quickstart, pypi or silo14. Settings can be changed
     by key=value. What --out already holds is not measured again.
@@ -41,6 +41,7 @@ def suite(suite: Path, overrides: tuple[str, ...], out: Path, base: Path) -> dic
     """
     from eval import suite_report as report
     from eval.suite import load_suite
+    from eval.suite_page import write_page
     from eval.suite_run import run
     from silo.progress import progress_bar
 
@@ -49,6 +50,7 @@ def suite(suite: Path, overrides: tuple[str, ...], out: Path, base: Path) -> dic
         cells = run(loaded, out, base, progress)
     value = report.result(loaded, cells)
     report.write_result(value, out)
+    write_page(value, out)
     return value
 
 
@@ -63,12 +65,18 @@ def render_comparison(value: dict[str, Any]) -> None:
 @click.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Write the comparison as a page to this file too.")
 @reports(render_comparison)
-def compare(first: Path, second: Path) -> dict[str, Any]:
+def compare(first: Path, second: Path, html: Path | None) -> dict[str, Any]:
     """Compare two results of suites, document by document, with intervals of the differences.
 
     Example: silo eval compare results-before results-after
     """
     from eval import suite_report as report
+    from eval.suite_page import render_comparison_page
+    from silo.files import write_file
 
-    return report.compare(report.read_result(first), report.read_result(second))
+    value = report.compare(report.read_result(first), report.read_result(second))
+    if html is not None:
+        write_file(html, render_comparison_page(value).encode())
+    return value

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from eval.leakage import LENGTHS
-from eval.metrics import Sums, Trio, Unit, difference, gap_closed, interval
+from eval.metrics import LEVEL, Sums, Trio, Unit, difference, documents_needed, gap_closed, interval
 from eval.suite import Suite
 from eval.suite_run import Cell
 from silo.errors import DataError, UsageError
@@ -23,6 +25,9 @@ from silo.markup import number
 
 FORMAT = 1
 RESULT = "result.json"
+EXACT = 0.01
+"""What is called exact: an interval that reaches so far to both sides, as a share of the perplexity."""
+HALF_WIDTH = NormalDist().inv_cdf((1 + LEVEL) / 2)
 NO_GAP = {"unit": None, "arithmetic": None, "geometric": None}
 
 
@@ -35,6 +40,7 @@ def result(suite: Suite, cells: Sequence[Cell]) -> dict[str, Any]:
             "made": origin(),
             "rows": [row(cell, name) for cell in cells for name in cell.mixtures],
             "gap": gaps(suite, cells),
+            "exactness": exactness(cells),
             "cells": [
                 {"name": cell.model, "domain": cell.domain, "permissive": cell.permissive, **cell.record}
                 for cell in cells
@@ -110,6 +116,25 @@ def gap_row(trios: Sequence[Trio]) -> dict[str, Any]:
     except DataError as error:
         return {**NO_GAP, "why": str(error)}
     return {"unit": unit, "arithmetic": list(gap.arithmetic), "geometric": list(gap.geometric), "why": None}
+
+
+def exactness(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """How exact the perplexities of each domain are at worst, and the smallest sample for ± 1 % of every one of them.
+
+    A domain's documents are the pilot: with as many tokens as ``tokens_needed`` in the suite, no interval is wider.
+    """
+    found = []
+    for domain in dict.fromkeys(cell.domain for cell in cells):
+        sums = [cell.sums(mixture) for cell in cells if cell.domain == domain for mixture in cell.mixtures]
+        row: dict[str, Any] = {"domain": domain, "documents": sums[0].documents, "relative_error": None}
+        row |= {"documents_needed": None, "tokens_needed": None}
+        if sums[0].documents > 1:
+            worst = max(sums, key=Sums.standard_error)
+            needed = documents_needed(worst, relative_error=EXACT)
+            row |= {"relative_error": HALF_WIDTH * worst.standard_error(), "documents_needed": needed}
+            row["tokens_needed"] = math.ceil(needed * float(worst.tokens.mean()))
+        found.append(row)
+    return found
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -206,6 +231,19 @@ def gap_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def exact_cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table of samples."""
+    if row["relative_error"] is None:
+        return [row["domain"], f"{row['documents']}", *["—"] * 3]
+    return [
+        row["domain"],
+        f"{row['documents']:,}",
+        f"{100 * row['relative_error']:.1f} %",
+        f"{row['documents_needed']:,}",
+        f"{row['tokens_needed']:,}",
+    ]
+
+
 def compared_cells(row: dict[str, Any]) -> list[str]:
     """One line of a comparison."""
     names = [row["domain"], row["model"], row["mixture"]]
@@ -216,6 +254,7 @@ def compared_cells(row: dict[str, Any]) -> list[str]:
 
 
 COMPARED = ("domain", "model", "mixture", "perplexity, first / second", "bits per byte, first − second", "first better")
+EXACTNESS = ("domain", "documents", "perplexities are exact to ±", "documents for ± 1 %", "tokens for ± 1 %")
 GAPS = ("model", "mixture", "domains", "gap closed, geometric", "gap closed, arithmetic")
 
 
@@ -238,7 +277,7 @@ def markdown(value: dict[str, Any]) -> str:
     ]
     if value["gap"]:
         parts.append(markdown_table(GAPS, map(gap_cells, value["gap"])))
-    parts.append(notes())
+    parts += [markdown_table(EXACTNESS, map(exact_cells, value["exactness"])), notes()]
     identified = {(cell["name"], cell["model"], cell["store"]) for cell in value["cells"]}
     lines = [f"- Command: `{made['command']}`", f"- Version {made['version']}, commit `{made['commit']}`"]
     lines.append(f"- Suite `{suite['digest']}`")

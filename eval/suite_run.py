@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from datastore.loading import OWN_GATE
 from datastore.store import Store
 from eval import perplexity as measure
 from eval.leakage import leakage
@@ -206,7 +207,8 @@ def weights_file(contestant: Contestant, domain: Texts, out: Path, base: Path) -
     if len(entry.use) == 1:
         return None
     if entry.weights is not None:
-        path = base / entry.weights
+        own = contestant.store is not None and str(entry.weights) == OWN_GATE
+        path = contestant.store.gate_path() if own else base / entry.weights
         require_unfitted(read_json(path), domain, contestant, path)
         return path
     texts = measure.sample(domain.validation, contestant.mixture, domain.fit_tokens)

@@ -26,6 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 import yaml
 from bench.control import read
 from compare_at_equal_text import taken
@@ -34,28 +35,31 @@ from recording import command, commit, files_hash, machine
 
 from datastore.control import ControlPlane, provenance
 from datastore.store import Store
+from eval.perplexity import sample, score, weighings_from_json
 from eval.rehearsal import rehearse
-from eval.suite import load_suite
+from eval.suite import Suite, load_suite, read_domains
 from eval.suite_report import result
-from eval.suite_run import run
+from eval.suite_run import Contestant, run, weights_file
 from silo.collect import collect
 from silo.corpus import Corpus
 from silo.documents import Document
-from silo.files import remove_tree, sha256, write_json
+from silo.files import read_json, remove_tree, sha256, write_json
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY, load_policy
+from silo.mixture import Mixture
+from silo.readings import SUFFIX_BOUNDS
 from training.loop import train as train_model
 from training.recipe import Recipe
 
 MODEL = {
-    "hidden_size": 192,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "ffn": "moe",
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 256,
+    "moe_intermediate_size": 192,
 }
 SEQUENCE, BATCH = 512, 8
 CONTROL_TOKENS = 100_000
@@ -130,12 +134,15 @@ def prepared(files: Sequence[Path], out: Path) -> tuple[dict[str, Path], dict[st
 @click.option("--store-tokens", default=1_000_000, show_default=True, help="Of each restricted domain.")
 @click.option("--tokens", default=20_000, show_default=True, help="Of each domain, to report.")
 @click.option("--fit-tokens", default=10_000, show_default=True, help="Of each domain, to fit on.")
-def measure(files: tuple[Path, ...], out: Path, store_tokens: int, tokens: int, fit_tokens: int) -> None:
+@click.option("--rehearsal-tokens", default=400_000, show_default=True, help="Of the store that teaches the gate.")
+def measure(
+    files: tuple[Path, ...], out: Path, store_tokens: int, tokens: int, fit_tokens: int, rehearsal_tokens: int
+) -> None:
     """Build both stores, score all domains, and print one JSON document."""
     domains = {file.name.partition(".")[0]: file for file in files}
     permissive = [name for name, file in domains.items() if is_permissive(file)]
     for side in SIDES:
-        build_store(out, side, domains, permissive, store_tokens)
+        build_store(out, side, domains, permissive, store_tokens, rehearsal_tokens)
     plan = out / "suite.yaml"
     plan.write_text(yaml.safe_dump(suite_of(out, domains, permissive, tokens, fit_tokens)))
     suite = load_suite(plan)
@@ -159,6 +166,7 @@ def measure(files: tuple[Path, ...], out: Path, store_tokens: int, tokens: int, 
             "rows": found["rows"],
             "gap": found["gap"],
             "ratios": ratios(found["rows"], permissive),
+            "remaining": remaining(suite, out),
         },
     }
     print(json.dumps(report, indent=1))
@@ -169,7 +177,9 @@ def is_permissive(file: Path) -> bool:
     return DEFAULT_POLICY.tier(next(read(file))[1]).permissive
 
 
-def build_store(out: Path, side: str, domains: dict[str, Path], permissive: list[str], tokens: int) -> None:
+def build_store(
+    out: Path, side: str, domains: dict[str, Path], permissive: list[str], tokens: int, rehearsal_tokens: int
+) -> None:
     """A model's store of the restricted training text, and the gate for it."""
     path = out / "runs" / side / "store"
     gate = path.with_name("gate.json")
@@ -192,7 +202,7 @@ def build_store(out: Path, side: str, domains: dict[str, Path], permissive: list
     store = Store.open(path)
     learnt, source = rehearse(
         lm, store, [d for each in held_back.values() for d in each], METHODS,
-        policy=DEFAULT_POLICY, trained_on=set(), store_tokens=400_000, asked_tokens=60_000,
+        policy=DEFAULT_POLICY, trained_on=set(), store_tokens=rehearsal_tokens, asked_tokens=rehearsal_tokens // 7,
     )  # fmt: skip
     write_json(gate, {**learnt.to_json(), "provenance": source})
 
@@ -250,6 +260,32 @@ def ratios(rows: list[dict[str, Any]], permissive: list[str]) -> dict[str, dict[
             "c / b": c / b, "c / d": c / d, "gated / a": gated / a,
         }  # fmt: skip
     return found
+
+
+def remaining(suite: Suite, out: Path) -> list[dict[str, Any]]:
+    """Where the loss of (c) lies, token by token, on the restricted domains together: by how long a suffix of the
+    context the store knows, tokens and mean nats of (a), (b) and (c)."""
+    contestant = Contestant.open("permissive", suite.models["permissive"], suite.protocol, out)
+    everything = Mixture(LanguageModel.load(out / suite.models["everything"].path))
+    classes, nats = [], []
+    for domain in read_domains(suite, out):
+        if not domain.permissive:
+            texts = sample(domain.test, contestant.mixture, domain.tokens)
+            scores = contestant.score(texts)
+            weights = weights_file(contestant, domain, out / "measured", out)
+            fitted = weighings_from_json(read_json(weights), METHODS, contestant.mixture.model, where=str(weights))
+            mixed = scores.log_probabilities(fitted["all"])
+            classes.append(scores.evidence["ngram_class"].long() // 2)
+            nats.append(-torch.stack([scores.lm.log(), score(everything, texts).lm.log(), mixed], dim=1))
+    of_token, given = torch.cat(classes), torch.cat(nats)
+    rows = []
+    for number, shortest in enumerate((0, *SUFFIX_BOUNDS)):
+        chosen = given[of_token == number]
+        if len(chosen):
+            rows.append(
+                {"suffix": shortest, "tokens": len(chosen), **dict(zip("abc", chosen.mean(0).tolist(), strict=True))}
+            )
+    return rows
 
 
 if __name__ == "__main__":

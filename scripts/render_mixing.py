@@ -69,4 +69,25 @@ validation text: perplexity over that of the model alone (geometric mean), and p
 {lines}"""
 
 
-SECTIONS = {"equal_text": equal_text, "equal_text_smollm2": equal_text}
+def attribution(record: dict[str, Any]) -> str:
+    """Predicted and seen changes of log p when a document is denied."""
+    result = record["result"]
+    every, some = result["correlation"], result["correlation_where_others_are_left"]
+    return f"""## Does a share tell what would happen without the document?
+
+{result["documents"]} documents of a store denied one by one; {result["pairs"]:,} tokens of test text in which they \
+have one of the largest shares. Correlation of the predicted change of log p with the one that is seen. The shares \
+of a token sum to its probability within {result["greatest_error_of_a_sum"]:.0e}.
+
+{provenance(record)}
+
+| predicted by | all | where other documents were found too ({result["pairs_where_others_are_left"]:,}) |
+|:---|---:|---:|
+| what is left of what was found | {every["left"]:.4f} | {some["left"]:.4f} |
+| the share alone | {every["share"]:.4f} | {some["share"]:.4f} |
+
+Neither knows what is found in place of the document: the next neighbours, or what follows a shorter suffix.
+"""
+
+
+SECTIONS = {"equal_text": equal_text, "equal_text_smollm2": equal_text, "attribution": attribution}

@@ -12,7 +12,9 @@ from typing import Any
 import render_bench
 import render_mixing
 import render_model
+import render_reference
 import render_store
+import render_studies
 from recording import provenance
 from render_figure import figure
 
@@ -20,7 +22,13 @@ ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "results"
 FIGURE = RECORDS / "ratios.svg"
 END = "<!-- end of results -->"
-COLUMNS = {"lm": "model alone", "lm+knn": "+ neighbours", "lm+ric": "+ blocks", "all": "all"}
+COLUMNS = {
+    "lm": "model alone",
+    "lm+knn": "+ neighbours",
+    "lm+ric": "+ blocks",
+    "lm+ngram": "+ ∞-grams",
+    "all": "all",
+}
 
 
 def main() -> None:
@@ -41,6 +49,7 @@ def results(records: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
     sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
     sections |= render_store.SECTIONS | render_model.SECTIONS | render_mixing.SECTIONS | render_bench.SECTIONS
+    sections |= render_reference.SECTIONS | render_studies.SECTIONS
     head = (
         "# Results\n\nEvery number here is written by `python scripts/render_results.py` from a run recorded in "
         "`scripts/results`.\n\n"

@@ -2,7 +2,8 @@
 
     python scripts/torture_store.py CORPUS/*.jsonl.zst --model quickstart/model > scripts/results/torture.json
 
-An add, the removal of an owner and that of a document are made on copies of a small store of several groups, and
+An add, the removals of an owner and of a document, and another gate in place of the store's are made on copies of a
+small store of several groups, and
 
 - killed at random moments, from the first write on to the end;
 - killed at each write in turn, half of its bytes written;
@@ -49,11 +50,18 @@ from datastore.store import SPOOL, Selection, Store
 from silo.documents import Document
 from silo.errors import IntegrityError, SiloError
 from silo.files import canonical_json, sha256, sha256_file
+from silo.gate import HIDDEN, Gate
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 from silo.sources import open_source
 
-CHANGES = ("add", "remove owner", "remove document")
+SIZES: tuple[tuple[int, ...], ...] = ((1,), (1,), (HIDDEN, 1), (HIDDEN,), (3, HIDDEN), (3,))
+CHANGES = ("add", "remove owner", "remove document", "keep gate")
+GATES = [
+    Gate(("lm", "knn"), ("lm_top",), tuple(torch.ones(each, dtype=torch.float64) for each in SIZES), temperature)
+    for temperature in (1.0, 2.0)
+]
+"""Of one feature and two methods."""
 COMMITTED = "is committed, but what it replaced may still be on disk"
 FORKING = multiprocessing.get_context("fork")
 WITH_TIMES = "log.jsonl"
@@ -81,6 +89,13 @@ class Patient:
         """Make the store as it is before any change."""
         store = Store.create(path, self.model, self.model_directory / "tokenizer.json", self.control)
         store.add(self.initial, self.model)
+        self.keep_gate(store, GATES[0])
+
+    @staticmethod
+    def keep_gate(store: Store, gate: Gate) -> None:
+        """Make a gate the store's own."""
+        made_for = {"model": store.manifest.model["fingerprint"], "control": store.manifest.control}
+        store.keep_gate(gate, made_for)
 
     def change(self, name: str, path: Path) -> None:
         """Make a change; ``next`` is the one that follows what was cut off."""
@@ -91,6 +106,8 @@ class Patient:
             store.add([self.later], self.model)
         elif name == "remove owner":
             store.remove(Selection(owners=(self.initial[0].owner,)), reason="torture")
+        elif name == "keep gate":
+            self.keep_gate(store, GATES[1])
         else:
             store.remove(Selection(documents=(self.initial[1].id,)), reason="torture")
 
@@ -100,7 +117,7 @@ class Patient:
         arrays = [each.tobytes().hex() for each in (found.squared_l2, found.values, found.positions)]
         hits = store.blocks().search(self.queries, 1)
         blocks = [[each.document.id, each.start, each.score] for each in itertools.chain.from_iterable(hits)]
-        return sha256(canonical_json([store.hash, arrays, blocks]))
+        return sha256(canonical_json([*state_of(store), arrays, blocks]))
 
     def renew(self) -> None:
         """Undo everything: work on a fresh copy, on a disk that does not fail."""
@@ -120,8 +137,13 @@ def picture(path: Path) -> dict[str, str]:
     return {file.relative_to(path).as_posix(): sha256_file(file) for file in files}
 
 
+def state_of(store: Store) -> tuple[str, str]:
+    """What tells before from after: the store's hash, and its gate, which is no part of that."""
+    return store.hash, store.manifest.gate
+
+
 def reference(patient: Patient, changes: list[str]) -> dict[str, Any]:
-    """What a store is to which some changes were made undisturbed: hash, answers, files (None: not always equal)."""
+    """What a store is to which some changes were made undisturbed: state, answers, files (None: not always equal)."""
     pictures = []
     for _ in range(2):
         patient.renew()
@@ -131,7 +153,7 @@ def reference(patient: Patient, changes: list[str]) -> dict[str, Any]:
     files = {name: digest if pictures[1].get(name) == digest else None for name, digest in pictures[0].items()}
     files[WITH_TIMES] = None
     opened = Store.open(patient.work)
-    return {"hash": opened.hash, "answers": patient.answers(opened), "files": files}
+    return {"state": state_of(opened), "answers": patient.answers(opened), "files": files}
 
 
 class Judge:
@@ -169,7 +191,7 @@ class Judge:
         state = "none"
         try:
             store = Store.open(self.patient.work)
-            made = {self.expected()["hash"]: (), self.expected(change)["hash"]: (change,)}[store.hash]
+            made = {self.expected()["state"]: (), self.expected(change)["state"]: (change,)}[state_of(store)]
             state = "after" if made else "before"
             if self.patient.answers(store) != self.expected(*made)["answers"]:
                 wrong.append("other answers")

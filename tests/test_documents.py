@@ -49,7 +49,7 @@ def test_the_readme_s_commands_exist() -> None:
     assert len(lines) >= 8
     for line in lines:
         words = line.replace("\\\n", " ").split()
-        typed = next(name for name in (" ".join(words[:3]), " ".join(words[:2])) if name in ALL)
+        typed = next(name for name in (" ".join(words[:size]) for size in (4, 3, 2)) if name in ALL)
         known = {option for parameter in ALL[typed].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, line
 

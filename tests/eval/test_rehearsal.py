@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+import silo
 import silo.gate
+from datastore.selection import Selection
 from datastore.store import Store
 from eval.rehearsal import Cast, rehearse
 from silo.cli import main
 from silo.documents import Document
-from silo.errors import LicenseError, UsageError
+from silo.errors import IntegrityError, LicenseError, StoreError, UsageError
 from silo.files import canonical_json
 from silo.gate import Gate
 from silo.licensing import DEFAULT_POLICY
@@ -104,6 +106,40 @@ def test_the_store_is_not_read(model, store, make_store, permissive):
     assert of_full.to_json() == of_empty.to_json()
 
 
+def test_a_store_keeps_its_gate(model, make_store, permissive, documents):
+    """The store's readers weigh by it, its hash and its removals do not change, and a newer one takes its place."""
+    store = make_store("keeps")
+    store.add(documents[:2], model)
+    gate, source = rehearsed(model, store, permissive)
+    before = store.hash
+    assert store.keep_gate(gate, source).content["gate"] == store.manifest.gate
+    assert store.hash == before
+    by_default, named = (silo.load(model, store=store.path, weights=each).weighing for each in (None, "gate"))
+    assert by_default.to_json() == named.to_json() == gate.to_json()
+    old = store.gate_path()
+    store.keep_gate(replace(gate, base_temperature=gate.base_temperature * 2), source)
+    assert not old.exists()
+    store.remove(Selection(documents=(documents[0].id,)))
+    assert Store.open(store.path).gate_path() == store.gate_path()
+    assert store.verify()["verified"]
+    (store.path / "gate-0000.json").write_bytes(b"{}")
+    assert store.verify()["collected"] == ["gate-0000.json"]
+    store.gate_path().write_bytes(store.gate_path().read_bytes()[:-2] + b" \n")
+    with pytest.raises(IntegrityError, match=store.manifest.gate_file):
+        store.verify()
+
+
+def test_a_gate_for_another_store_is_not_kept(model, make_store, permissive):
+    """It must have been learnt for this model, beside this control plane; and a store may have none."""
+    store = make_store("other")
+    gate, source = rehearsed(model, store, permissive)
+    with pytest.raises(StoreError, match="another model or control plane"):
+        store.keep_gate(gate, {**source, "control": "0" * 64})
+    with pytest.raises(UsageError, match="has no gate of its own"):
+        Store.open(store.path).gate_path()
+    assert not list(store.path.glob("gate-*"))
+
+
 def test_the_commands(model_dir, store, permissive, documents, tmp_path):
     """`silo eval gate` writes a gate with which `silo eval perplexity` measures one mixture for all owners."""
     taught, asked = tmp_path / "permissive.jsonl", tmp_path / "test.jsonl"
@@ -122,6 +158,12 @@ def test_the_commands(model_dir, store, permissive, documents, tmp_path):
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert list(found["perplexity"]) == ["lm", "gate"]
+    kept = CliRunner().invoke(main, ["eval", "gate", str(taught), *sizes, *common])
+    assert kept.exit_code == 0, kept.stderr
+    options[options.index("--weights") + 1] = "gate"
+    again = CliRunner().invoke(main, ["eval", "perplexity", *options])
+    assert json.loads(again.stdout)["perplexity"] == found["perplexity"], again.stderr
+    options[options.index("--weights") + 1] = str(tmp_path / "g.json")
     other = {**written, "provenance": {**written["provenance"], "model": "another"}}
     (tmp_path / "g.json").write_bytes(canonical_json(other))
     refused = CliRunner().invoke(main, ["eval", "perplexity", *options])

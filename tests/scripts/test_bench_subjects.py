@@ -77,7 +77,7 @@ def test_the_bench_of_evaluation_is_read(bench):
 def test_neighbours_of_either_side_are_judged(bench):
     """Equal distances pass, also where FAISS found fewer than it was asked for; another on either side does not."""
     judge = bench("store").as_near
-    merged = np.array([[1.0, 3e38]], np.float32), np.array([[7, -1]])
+    merged = np.array([[1.0, 1e38]], np.float32), np.array([[7, -1]])
     ours = SimpleNamespace(squared_l2=np.array([[1.0, np.inf]], np.float32))
     assert judge({"merged": merged, "200": ours}) == ""
     wrong = SimpleNamespace(squared_l2=np.array([[1.5, np.inf]], np.float32))

@@ -1,0 +1,38 @@
+"""What the commands of ``silo eval`` ask for alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from silo.errors import UsageError
+
+METHODS = ("lm", "knn", "ric", "ngram")
+
+
+def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """Read ``lm,knn,ric``."""
+    methods = value.split(",")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
+        raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn, ric and ngram, such as lm,knn")
+    return methods
+
+
+def require_options(methods: list[str], store: Path | None, fit_on: Path | None, weights: Path | None) -> None:
+    """Raise :class:`UsageError` for options that do not fit together."""
+    if fit_on and weights:
+        raise UsageError("--fit and --weights were both given; choose one")
+    if len(methods) > 1 and store is None:
+        raise UsageError(f"--use {','.join(methods)} needs --store")
+    if len(methods) > 1 and not (fit_on or weights):
+        raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
+
+
+def file_of_weights(weights: Path, store: Path | None) -> Path:
+    """The file of weights that is meant: the store's own gate, if ``gate`` is."""
+    from datastore.loading import OWN_GATE
+    from datastore.store import Store
+
+    return Store.open(store).gate_path() if store is not None and str(weights) == OWN_GATE else weights

@@ -1,0 +1,100 @@
+"""A study of `silo eval study` on one store of all restricted domains of a corpus.
+
+    python scripts/run_study.py CORPUS/*.jsonl.zst --model MODEL --name NAME --study opt-out > study_opt_out.json
+
+The store holds text of the training split of all restricted files, the same amount of each. Test and validation text
+are of the other splits, some documents of each domain, so that no domain decides.
+
+Opt-out is of all methods, store size and licences of neighbours and ∞-grams; routing is on text of every file,
+permissive ones too.
+
+Prints one JSON document: machine, command, commit, seed, data hash, result.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from compare_at_equal_text import Splits, build, say, split
+from recording import command, commit, files_hash, machine
+
+from eval.studies import licenses, neighbours, opt_out, routing, store_size
+from eval.studies.subject import Subject
+from silo.documents import Document
+from silo.language_model import LanguageModel
+from silo.weights import METHODS
+
+STUDIES = ("opt-out", "store-size", "neighbours", "licenses", "routing")
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--name", required=True, help="What the model is called in RESULTS.md.")
+@click.option("--study", required=True, type=click.Choice(STUDIES))
+@click.option("--store-tokens", default=300_000, show_default=True, help="Of all restricted domains together.")
+@click.option(
+    "--tokens",
+    default=16_000,
+    show_default=True,
+    help="Of test text, for opt-out of each owner's, and as many to fit on.",
+)
+@click.option("--documents", default=16, show_default=True, help="Of each domain, from which these are taken.")
+@click.option("--owners", default=10, show_default=True, help="That opt out.")
+@click.option("--control-tokens", default=60_000, show_default=True)
+def main(
+    files: tuple[Path, ...], model: Path, name: str, study: str, store_tokens: int, tokens: int, documents: int,
+    owners: int, control_tokens: int,
+) -> None:  # fmt: skip
+    """Run a study, and print one JSON document."""
+    lm = LanguageModel.load(model)
+    permissive, restricted = split(files)
+    with tempfile.TemporaryDirectory(prefix="silo-studies-") as directory:
+        share = store_tokens // len(restricted)
+        store = build(Path(directory) / "store", lm, model, permissive, restricted, share, control_tokens)
+        test, validation = (chosen(restricted, side, documents) for side in ("test", "val"))
+        subject = Subject(lm, store, ["lm", "knn", "ngram"], test, validation, {}, tokens)
+        if study == "opt-out":
+            every = [document for domain in restricted.values() for document in domain["test"]]
+            leaving = replace(subject, methods=list(METHODS), test=every)
+            result = opt_out.study(leaving, opt_out.owners_of(leaving, (), owners), told)
+        elif study == "store-size":
+            result = store_size.study(subject, 8, told)
+        elif study == "neighbours":
+            result = neighbours.study(subject, 1024, told)
+            del result["validation"]  # the whole grid, of which its rows say the best
+        elif study == "licenses":
+            result = licenses.study(subject, told)
+        else:
+            domains = {each: of["test"][:documents] for each, of in {**permissive, **restricted}.items()}
+            result = routing.study(lm, domains, tokens // len(domains))
+        described = subject.described()
+    report = {
+        "machine": machine(),
+        "command": command(),
+        "commit": commit(),
+        "seed": 0,
+        "data": files_hash(files),
+        "model": {"name": name, "fingerprint": lm.fingerprint},
+        "result": {**described, "studies": {study: result}},
+    }
+    print(json.dumps(report, indent=1))
+
+
+def told(done: int, total: int) -> None:
+    """Progress."""
+    say(f"{done} of {total}")
+
+
+def chosen(domains: Splits, side: str, documents: int) -> Sequence[Document]:
+    """Some documents of each domain."""
+    return [document for domain in domains.values() for document in domain[side][:documents]]
+
+
+if __name__ == "__main__":
+    main()
