@@ -199,7 +199,8 @@ def three(records: dict[str, dict[str, Any]]) -> str:
     machine = records["store"]["machine"]
     head = f"Measured in turns with the peers on {machine['cores']} cores; in brackets the spread of the rounds:"
     lines = "\n".join(f"- {line}" for line in said)
-    return f"{head}\n\n{lines}\n\nMore, and how each was measured, is in RESULTS.md; its figure has all ratios."
+    more = "RESULTS.md and its figure have all ratios; `python scripts/bench --help` lists what can be measured again."
+    return f"{head}\n\n{lines}\n\n{more}"
 
 
 SECTIONS = {"ceiling": ceiling, "bm25": bm25, "opening": opening, "growth": growth}

@@ -214,10 +214,12 @@ threads. Decoders: {shape["num_hidden_layers"]} layers, {shape["hidden_size"]} w
 
 def training_step(record: dict[str, Any]) -> str:
     """What the trainer adds to forward, backward and optimizer."""
+    beside = all("beside_accelerate" in found for found in record["result"].values())
     rows = "\n".join(
         columns(
             name,
             f"{found['ratio']:.3f} ({found['quartiles'][0]:.3f} to {found['quartiles'][1]:.3f})",
+            *(["{:.3f} ({:.3f} to {:.3f})".format(*found["beside_accelerate"])] if beside else []),
             f"{found['seconds_a_step'] * 1000:.0f}",
             f"{found['checkpoint_in_steps']:.1f}",
         )
@@ -231,8 +233,8 @@ checkpoint is written and synced every 500 steps, unless a recipe says otherwise
 
 {provenance(record)}
 
-| recipe | step / bare step | ms a step | a checkpoint, in steps |
-|:---|---:|---:|---:|
+| recipe | step / bare step |{" of accelerate's loop |" if beside else ""} ms a step | a checkpoint, in steps |
+|:---|---:|{"---:|" if beside else ""}---:|---:|
 {rows}
 """
 

@@ -54,6 +54,8 @@ _dots_with_rows._get_raw = True  # type: ignore[attr-defined]  # torch's mark: h
 
 
 def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    if len(weight) == 2:  # what the weights' gradient is: (width, rows) of each group by its (rows, width)
+        return 2 * rows[0] * rows[1] * weight[1]
     return 2 * rows[0] * weight[1] * weight[2]
 
 

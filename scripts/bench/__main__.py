@@ -48,7 +48,8 @@ class Subjects(click.Group):
 
 @click.command(cls=Subjects)
 def main() -> None:
-    """Ours in turns with its peers, named after the colon; each subject prints one JSON document on stdout."""
+    """Ours in turns with its peers, named after the colon; each subject prints one JSON document on stdout. Peers that
+    SILO itself does not need come with ``pip install '.[bench]'``."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """BM25 over blocks of words beside Pyserini's searcher and bm25s: building an index, and searching it, at three sizes.
 
-    pip install bm25s numba
+    pip install '.[bench]'
     python scripts/bench bm25 CORPUS/*.jsonl.zst > scripts/results/bm25.json
 
 Restricted text is cut into blocks of 96 words, and queries are 32 words of other text, each word once. Words are given

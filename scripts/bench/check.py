@@ -16,9 +16,22 @@ import click
 from bench.ratios import Ratio, ratios, subject_of
 
 INCOMPARABLE = 2
-FREE = ("--check", "--rounds", "--model", "--peers", "--store", "--out")
+FREE = ("--check", "--rounds", "--model", "--peers", "--store", "--stores")
 """Options that change no work: files are told apart by their hashes."""
-SAME = ("data", "model", "seed", "threads", "vocabulary", "vocab_size", "shape", "context", "windows", "megabytes")
+SAME = (
+    "data",
+    "model",
+    "seed",
+    "threads",
+    "vocabulary",
+    "vocab_size",
+    "shape",
+    "context",
+    "windows",
+    "megabytes",
+    "k",
+    "queries",
+)
 """What of a record must be equal, if it has it."""
 
 

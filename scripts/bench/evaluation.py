@@ -1,6 +1,6 @@
 """How fast texts are scored by a model alone, beside lm-evaluation-harness on the same model and windows.
 
-    pip install lm_eval
+    pip install '.[bench]'
     python scripts/bench evaluation --model MODEL test.jsonl > scripts/results/evaluation.json
 
 Both are given the same model in memory, each document alone and windows that do not overlap, which is how the peer
@@ -94,15 +94,16 @@ def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: 
         "silo": lambda: [math.fsum(each) for each in scorer.score(ids, protocol)],
         **{f"lm_eval, batches of {size}": lambda peer=peer: peer(texts) for size, (_, peer) in peers.items()},
     }
-    rounds_told = compete(
+    apart: list[float] = []
+    told = compete(
         contestants,
         rounds,
         units=dict.fromkeys(contestants, count),
-        judge=agreed([len(each) for each in ids]),
+        judge=agreed([len(each) for each in ids], apart),
         clocks={"processor": time.process_time},
     )
-    rates = {name: [1 / each for each in of] for name, of in rounds_told.seconds["processor"].items()}
-    middle = {name: rounds_told.rate(name, "processor") for name in contestants}
+    rates = {name: [1 / each for each in of] for name, of in told.seconds["processor"].items()}
+    middle = {name: told.rate(name, "processor") for name in contestants}
     say(f"{ {name: f'{each.value:,.0f}' for name, each in middle.items()} } tokens/s")
     best = max((name for name in middle if name != "silo"), key=lambda name: middle[name].value)
     return {
@@ -110,19 +111,20 @@ def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: 
         "tokens_per_second": rates,
         "best_peer": best,
         "times_the_best_peer": middle["silo"].value / middle[best].value,
-        "agree_to": APART,
+        "largest_difference_a_token": max(apart),
     }
 
 
-def agreed(lengths: list[int]) -> Judge:
-    """A judge who wants the same sum of each text, a token."""
+def agreed(lengths: list[int], seen: list[float]) -> Judge:
+    """A judge who wants the same sum of each text, a token, and writes down by how much they differed."""
 
     def judge(sums: dict[str, list[float]]) -> str:
         (first, wanted), *others = sums.items()
         for name, found in others:
             apart = [abs(a - b) / count for a, b, count in zip(wanted, found, lengths, strict=True)]
-            if not max(apart) <= APART:
-                return f"{name} and {first} differ by {max(apart):.1e} a token in text {apart.index(max(apart))}"
+            seen.append(max(apart))
+            if not seen[-1] <= APART:
+                return f"{name} and {first} differ by {seen[-1]:.1e} a token in text {apart.index(seen[-1])}"
         return ""
 
     return judge

@@ -1,6 +1,6 @@
 """How fast the ∞-gram scores text as the number of owners grows, and beside infini-gram's own engine.
 
-    pip install infini-gram
+    pip install '.[bench]'
     python scripts/bench ngram CORPUS/*.jsonl.zst > scripts/results/ngram.json
 
 Restricted documents are dealt out to 1, 200 and 2,000 owners, whose shards share groups as in a store. The peer is one

@@ -154,7 +154,7 @@ def mixing(result: Record, name: str) -> Iterator[Ratio]:
             yield Ratio(f"∞-gram, {_owners(owners.partition(' ')[0])}", "one owner's", found, "lower", 1.25, clock)  # type: ignore[arg-type]
         if peers := result.get("peers"):
             for peer, found in _spread(peers[f"{prefix}times_ours"], peers[f"{prefix}spread"]):
-                yield Ratio("neighbours alone", f"{peer}'s loop", found, "higher", 10.0, clock)  # type: ignore[arg-type]
+                yield Ratio("neighbours alone", f"the loop of {peer}", found, "higher", 10.0, clock)  # type: ignore[arg-type]
 
 
 def bm25(result: Record, _: str) -> Iterator[Ratio]:

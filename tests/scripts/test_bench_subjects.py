@@ -41,10 +41,43 @@ def test_mixtures_are_told_beside_the_model(bench):
     assert found["spread"]["lm"] == [1, 1]
 
 
+def test_the_bench_of_mixing_is_read(bench):
+    """Mixtures, owners and others' loops are ratios by both clocks, with the goal of the model that is scored."""
+    work = {name: lambda: sum(range(2000)) for name in ("lm", "all", "ours", "silo-lm", "1 owners", "200 owners")}
+
+    def raced(*names):
+        return bench("mixing").in_turns({name: work[name] for name in names}, dict.fromkeys(names, 1), names[0], 3)
+
+    result = {
+        "mixtures": raced("lm", "all"),
+        "ngram": raced("1 owners", "200 owners"),
+        "peers": {"k": 256, **raced("ours", "silo-lm")},
+    }
+    record = {"command": "python scripts/bench mixing f.jsonl", "result": result}
+    for name, goal in (("mixing", 5.0), ("mixing_smollm2", 2.1)):
+        found = {(each.what, each.peer, each.better): each.goal for each in bench("ratios").ratios(record, name)}
+        assert found == {
+            ("scoring, all methods", "the model alone", "lower"): goal,
+            ("∞-gram, 200 owners", "one owner's", "lower"): 1.25,
+            ("neighbours alone", "the loop of silo-lm", "higher"): 10.0,
+        }
+
+
+def test_the_bench_of_evaluation_is_read(bench):
+    """The ratio is taken round by round to the peer's best batch."""
+    rates = {"silo": [4.0, 9.0, 4.0], "a": [2.0, 3.0, 1.0], "b": [1.0, 1.0, 1.0]}
+    record = {
+        "command": "python scripts/bench evaluation f.jsonl",
+        "result": {"tokens_per_second": rates, "best_peer": "a"},
+    }
+    (found,) = bench("ratios").ratios(record)
+    assert found.measured == (3, 2, 4)
+
+
 def test_neighbours_of_either_side_are_judged(bench):
     """Equal distances pass, also where FAISS found fewer than it was asked for; another on either side does not."""
     judge = bench("store").as_near
-    merged = np.array([[1.0, 3e38]], np.float32), np.array([[7, -1]])
+    merged = np.array([[1.0, 1e38]], np.float32), np.array([[7, -1]])
     ours = SimpleNamespace(squared_l2=np.array([[1.0, np.inf]], np.float32))
     assert judge({"merged": merged, "200": ours}) == ""
     wrong = SimpleNamespace(squared_l2=np.array([[1.5, np.inf]], np.float32))
@@ -67,9 +100,11 @@ def test_blocks_of_another_document_are_judged(bench):
 @pytest.mark.parametrize("wrong", ["silo", "lm_eval, batches of 1"])
 def test_sums_of_a_text_are_judged_by_the_token(bench, wrong):
     """A sum that is off by more than a hundred-thousandth a token is told, whoever's it is; so is one that is none."""
-    judge = bench("evaluation").agreed([100, 1000])
+    seen = []
+    judge = bench("evaluation").agreed([100, 1000], seen)
     sums = {"silo": [-50.0, -700.0], "lm_eval, batches of 1": [-50.0, -700.0]}
     assert judge({**sums, wrong: [-50.0, -700.005]}) == ""
+    assert seen == [pytest.approx(5e-6)]
     assert "differ by 2.0e-05 a token in text 1" in judge({**sums, wrong: [-50.0, -700.02]})
     assert judge({**sums, wrong: [float("nan"), -700.0]})
 

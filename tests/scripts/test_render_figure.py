@@ -39,7 +39,7 @@ def test_every_ratio_is_drawn_once(render, records):
     assert [text for text in texts(svg) if " / " in text] == labels
     assert [text for text in texts(svg) if text.endswith(" ×")] == [f"{each.speed.value:.3g} ×" for each in drawn]
     assert svg.count("<circle") + svg.count("<polygon") == len(drawn)
-    assert max(map(len, labels)) <= 64
+    assert max(map(len, labels)) <= 68
 
 
 def test_a_goal_that_is_missed_is_hollow(render, records):
