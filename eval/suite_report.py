@@ -126,9 +126,10 @@ def exactness(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     found = []
     for domain in dict.fromkeys(cell.domain for cell in cells):
         sums = [cell.sums(mixture) for cell in cells if cell.domain == domain for mixture in cell.mixtures]
-        row: dict[str, Any] = {"domain": domain, "documents": sums[0].documents, "relative_error": None}
+        fewest = min(each.documents for each in sums)
+        row: dict[str, Any] = {"domain": domain, "documents": fewest, "relative_error": None}
         row |= {"documents_needed": None, "tokens_needed": None}
-        if sums[0].documents > 1:
+        if fewest > 1:
             worst = max(sums, key=Sums.standard_error)
             needed = documents_needed(worst, relative_error=EXACT)
             row |= {"relative_error": HALF_WIDTH * worst.standard_error(), "documents_needed": needed}
