@@ -85,6 +85,8 @@ def _tile(axes: Any, tiles: Tiles) -> None:
     axes.imshow(tiles.values, cmap="Greys", vmin=tiles.low, vmax=tiles.high, aspect="auto", interpolation="none")
     axes.set_title(tiles.name, fontsize=9)
     axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     if tiles.row_names:
         axes.set_yticks(range(len(tiles.row_names)), tiles.row_names, size=7)
     if max(len(tiles.values), len(tiles.values[0])) > 10:
@@ -97,7 +99,7 @@ def _tile(axes: Any, tiles: Tiles) -> None:
 
 
 def _height(panel: Panel) -> float:
-    return max(2.8, 0.36 * len(panel.y_names) + 1.2)
+    return max(2.8, 0.36 * len(panel.y_names) + 1.2) + 0.2 * len(panel.series) / 2
 
 
 def _plot(axes: Any, panel: Panel) -> None:
@@ -120,7 +122,8 @@ def _plot(axes: Any, panel: Panel) -> None:
     axes.grid(color="#d0d0d0", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=True)
+    # Above the axes, where no mark can be under it.
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _plain_numbers(axis: Any) -> None:

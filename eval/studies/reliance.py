@@ -110,9 +110,9 @@ def study(subject: Subject, progress: Progress | None = None) -> dict[str, Any]:
             progress(number + 1, len(texts))
     if not rows:
         raise UsageError("no position of --data has a block in the store; give text of which the store has some words")
-    logs, moved, has = np.asarray(rows), np.asarray(changed), np.asarray(known)
+    said, moved, has = np.asarray(rows), np.asarray(changed), np.asarray(known)
     chosen = dict(zip(GROUPS, (np.ones_like(has), has, ~has), strict=True))
-    groups = {name: _group(logs[which], moved[which], np.asarray(owner)[which]) for name, which in chosen.items()}
+    groups = {name: _group(said[which], moved[which], np.asarray(owner)[which]) for name, which in chosen.items()}
     return {"every": EVERY, "documents": len(set(owner)), "groups": {name: of for name, of in groups.items() if of}}
 
 
