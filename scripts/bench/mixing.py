@@ -8,9 +8,9 @@ which all contestants take turns. Blocks are read where their look-up is among t
 are of the other half. With ``--encoded`` below ``--tokens`` most keys are borrowed (see mixing_store.py), and no
 perplexity with neighbours is told.
 
-Beside that: neighbours by how many lists are read (``probes``) and how many are taken (``k``); the ∞-gram over the same
-documents as one owner's and as 200 owners'; and with --peers, neighbours beside SILO's and knn-transformers' own loops
-(see mixing_peers.py), with the same keys, codes, probes and k.
+Beside that: neighbours by how many lists are read (``probes``) and how many are taken (``k``), and with fewer and fewer
+searches (``spared``); the ∞-gram over the same documents as one owner's and as 200 owners'; and with --peers,
+neighbours beside SILO's and knn-transformers' own loops (see mixing_peers.py), with the same keys, codes, probes and k.
 
 Prints one JSON document: machine, command, commit, seed, data hash, result.
 """
@@ -37,6 +37,7 @@ from datastore.knn import PROBES
 from datastore.shard import Encoded
 from datastore.store import Store
 from eval.perplexity import PASSAGE_TOKENS, Scores, Text, data_hash, fit, perplexities, sample, score
+from silo.adaptive import Spare
 from silo.in_context import InContext, find_blocks
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
@@ -48,6 +49,15 @@ from training.flops import flops_per_token
 IN_CONTEXT = InContext(blocks=1, text_tokens=128)
 CURVE = ((1, 256), (2, 256), (3, 256), (4, 64), (4, 256), (8, 256), (16, 256))
 """Probes and k."""
+SPARED = {
+    "p ≥ 0.9": Spare(sure=0.9),
+    "p ≥ 0.5": Spare(sure=0.5),
+    "suffix ≥ 9": Spare(suffix=9),
+    "suffix ≥ 4": Spare(suffix=4),
+    "p ≥ 0.5 or suffix ≥ 4": Spare(sure=0.5, suffix=4),
+    "p ≥ 0.3 or suffix ≥ 2": Spare(sure=0.3, suffix=2),
+}
+"""Searches that are spared: where the model is that sure, or one token always follows so long a suffix."""
 OWNERS = (1, 200)
 
 
@@ -88,6 +98,7 @@ def main(
             },
             "mixtures": mixtures(lm, store, texts, sizes["read"], sizes["rounds"], own_keys),
             "neighbours": curve(lm, store, texts, sizes["rounds"], own_keys),
+            "spared": spared(lm, store, texts, sizes["rounds"], own_keys),
             "ngram": owners(root, lm, store, texts, sizes["rounds"]),
         }
         work = ceiling.Work(flops=flops_per_token(lm.model, PASSAGE_TOKENS, batch=1))
@@ -137,7 +148,12 @@ def mixtures(
     timed = in_turns({**forward, **calls}, dict.fromkeys([*forward, *calls], tokens), "lm", rounds)
     told = [name for name, of in named.items() if own_keys or "knn" not in of.methods]
     return {
-        "in_context": {"min_score_per_word": threshold, "blocks": chosen.blocks, "stride": chosen.stride},
+        "in_context": {
+            "read": read,
+            "min_score_per_word": threshold,
+            "blocks": chosen.blocks,
+            "stride": chosen.stride,
+        },
         "perplexity": {name: perplexity_of(scores[name], named[name].methods) for name in told},
         **timed,
     }
@@ -181,6 +197,20 @@ def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_k
     tokens = sum(map(len, keys))
     timed = in_turns(calls, dict.fromkeys(calls, tokens), f"{PROBES} probes, k = {NEIGHBOURS}", rounds)
     return {"perplexity": found, **timed}
+
+
+def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_keys: bool) -> dict[str, Any]:
+    """The model, neighbours and the ∞-gram, with fewer and fewer searches; weights are fitted with those alone."""
+    named = {"none": Mixture(lm, neighbours=store.neighbours(), ngrams=store.ngrams())}
+    for name, rule in SPARED.items():
+        named[name] = Mixture(lm, neighbours=store.neighbours(), ngrams=store.ngrams(), spare=rule)
+    scores: dict[str, Scores] = {}
+    calls = {name: lambda name=name, of=of: scores.update({name: score(of, texts)}) for name, of in named.items()}
+    tokens = sum(len(each.tokens) for each in texts)
+    timed = in_turns(calls, dict.fromkeys(calls, tokens), "none", rounds)
+    searched = {name: float(of.evidence["knn_found"].mean()) for name, of in scores.items()}
+    told = {name: perplexity_of(of, named[name].methods) for name, of in scores.items()} if own_keys else {}
+    return {"searched": searched, "perplexity": told, **timed}
 
 
 def nearest(scores: Scores, k: int) -> Scores:
