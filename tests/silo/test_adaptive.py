@@ -35,6 +35,7 @@ class Counted:
         self.source, self.document, self.queries = source, source.document, 0
 
     def search(self, keys, k):
+        """As the source does."""
         self.queries += len(keys)
         return self.source.search(keys, k)
 
