@@ -78,12 +78,14 @@ def choose_weighing(
 def _weighing(
     weights: str | Path | Mapping[str, Any] | Weighing | None, use: Sequence[str] | None, store: Store | None
 ) -> Weighing:
-    if weights is None and (store is None or not store.manifest.gate):
-        raise UsageError(
-            "a store without weights; teach it a gate with `silo eval gate`, or give weights: a file that `silo eval "
-            'perplexity --fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
-        )
-    if store is not None and weights in (None, OWN_GATE):
+    if weights is None:
+        if store is None or not store.manifest.gate:
+            raise UsageError(
+                "a store without weights; teach it a gate with `silo eval gate`, or give weights: a file that `silo "
+                'eval perplexity --fit FILE --save-weights` wrote, or λ by method such as {"knn": 0.3}'
+            )
+        weights = OWN_GATE
+    if store is not None and weights == OWN_GATE:
         weights = store.gate_path()
     if isinstance(weights, (str, Path, Mapping)):
         return read_weighing(weights, use, model=store.manifest.model["fingerprint"] if store is not None else None)

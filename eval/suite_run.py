@@ -207,8 +207,9 @@ def weights_file(contestant: Contestant, domain: Texts, out: Path, base: Path) -
     if len(entry.use) == 1:
         return None
     if entry.weights is not None:
-        own = contestant.store is not None and str(entry.weights) == OWN_GATE
-        path = contestant.store.gate_path() if own else base / entry.weights
+        path = base / entry.weights
+        if contestant.store is not None and str(entry.weights) == OWN_GATE:
+            path = contestant.store.gate_path()
         require_unfitted(read_json(path), domain, contestant, path)
         return path
     texts = measure.sample(domain.validation, contestant.mixture, domain.fit_tokens)

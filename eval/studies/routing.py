@@ -65,7 +65,7 @@ def routed_layers(model: nn.Module) -> dict[int, Layer]:
 def size_of(layer: Layer) -> int:
     """How many experts a layer has."""
     if isinstance(layer, MoeFFN):
-        return len(layer.gate_proj)
+        return len(layer.down_proj)
     return (layer.down if isinstance(layer, PeerFFN) else layer.values).num_embeddings
 
 
@@ -94,7 +94,7 @@ def loads(model: LanguageModel, texts: Sequence[tuple[int, np.ndarray]], kinds: 
 def weights_of(layer: Layer, experts: torch.Tensor) -> torch.Tensor:
     """All weights of some experts as one vector each, (experts, weights) float32."""
     if isinstance(layer, MoeFFN):
-        matrices = [layer.gate_proj[experts], layer.up_proj[experts], layer.down_proj[experts]]
+        matrices = [layer.gate_up_proj[experts], layer.down_proj[experts]]
     elif isinstance(layer, PeerFFN):
         matrices = [layer.down.weight[experts], layer.up.weight[experts]]
     else:

@@ -79,7 +79,7 @@ def test_alike_is_what_has_equal_weights(model, domains):
     lm = with_ffn(model, "moe")
     layer = lm.model.model.layers[1].mlp
     with torch.no_grad():
-        for weight in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        for weight in (layer.gate_up_proj, layer.down_proj):
             weight[1] = 2 * weight[0]
             weight[2] = -weight[0]
     alike = routing.study(lm, domains, 60)["layers"][1]["alike"]
