@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.harness import Measured
 from bench.ratios import ratios
 from recording import provenance
 
@@ -81,6 +82,116 @@ bm25s has its index in memory; ours and Pyserini's are Lucene's. An index is bui
 
 The time of a query grows with the number of blocks to the power of: {grown}. At the largest size a query's postings \
 are {last["bytes"] / 1000:,.0f} kB: to read them at the machine's best would take {last["share"]:.2%} of our time.
+"""
+
+
+def times(found: dict[str, Any], base: str, name: str) -> list[str]:
+    """Times of the base's time, by the clock and by processor time; spreads are recorded apart."""
+    return [
+        measured([found[f"{clock}times_{base}"][name], *found[f"{clock}spread"][name]]) for clock in ("", "processor_")
+    ]
+
+
+def mixing(record: dict[str, Any]) -> str:
+    """What mixtures cost beside the model alone, how neighbours are searched, and others' loops."""
+    result = record["result"]
+    store, scored, mixed, near = (result[name] for name in ("store", "scored", "mixtures", "neighbours"))
+    rows = "\n".join(
+        columns(name, f"{rate:,.0f}", *times(mixed, "lm", name), perplexity(mixed, name))
+        for name, rate in mixed["tokens_per_second"].items()
+    )
+    (base,) = (name.removeprefix("times_") for name in near if name.startswith("times_"))
+    curve = "\n".join(
+        columns(name, f"{rate:,.0f}", *times(near, base, name), perplexity(near, name))
+        for name, rate in near["tokens_per_second"].items()
+    )
+    dealt = result["ngram"]
+    (first,) = (name.removeprefix("times_") for name in dealt if name.startswith("times_"))
+    owners = "; ".join(
+        f"{name} {rate:,.0f} tokens/s, {times(dealt, first, name)[0]} × the time of {first}"
+        for name, rate in dealt["tokens_per_second"].items()
+    )
+    own = (
+        f"{result['own_keys']:,} of them with keys of their own"
+        if result["own_keys"] < store["tokens"]
+        else "each key its own"
+    )
+    return f"""## What mixtures cost
+
+A store of {store["tokens"]:,} tokens of {store["documents"]:,} documents in {store["groups"]} groups, {own}; \
+{scored["tokens"]:,} tokens of other documents are scored. All take turns, {record["rounds"]} rounds, medians with \
+their spread. Perplexities are of one half of the text, with weights fitted on the other.
+
+{provenance(record)}
+
+| | tokens/s | of the model alone, by the clock | by processor time | perplexity |
+|:---|---:|---:|---:|---:|
+{rows}
+
+Neighbours by the lists that are read and how many are taken; perplexity with the ∞-gram:
+
+| | queries/s | of the default's time, by the clock | by processor time | perplexity |
+|:---|---:|---:|---:|---:|
+{curve}
+
+The ∞-gram alone: {owners}.
+{spared(result["spared"])}{loops(result["peers"]) if "peers" in result else ""}"""
+
+
+def spared(found: dict[str, Any]) -> str:
+    """The model, neighbours and the ∞-gram with fewer searches."""
+    rows = "\n".join(
+        columns(
+            name, f"{found['searched'][name]:.0%}", f"{rate:,.0f}", *times(found, "none", name), perplexity(found, name)
+        )
+        for name, rate in found["tokens_per_second"].items()
+    )
+    return f"""
+Searches spared where the model is sure of the next token (p is its highest probability), or where one token always \
+follows so long a suffix; the model, neighbours and the ∞-gram, with weights fitted with the same searches spared:
+
+| spared | searched | tokens/s | of the time with none spared, by the clock | by processor time | perplexity |
+|:---|---:|---:|---:|---:|---:|
+{rows}
+"""
+
+
+def perplexity(found: dict[str, Any], name: str) -> str:
+    """As it is told, or nothing."""
+    return f"{found['perplexity'][name]:.2f}" if name in found["perplexity"] else ""
+
+
+def loops(peers: dict[str, Any]) -> str:
+    """Neighbours alone beside others' loops."""
+    told = "; ".join(
+        f"{name} {rate:,.0f} tokens/s" + ("" if name == "ours" else f", {times(peers, 'ours', name)[0]} × our time")
+        for name, rate in peers["tokens_per_second"].items()
+    )
+    return f"""
+Neighbours alone, {peers["k"]} of {peers["probes"]} lists, in others' own loops over the same keys and codes: {told}. \
+Of their distances {peers["equal_distances"]:.2%} are ours.
+"""
+
+
+def evaluation(record: dict[str, Any]) -> str:
+    """Scoring by the model alone, beside lm-evaluation-harness."""
+    result = record["result"]
+    rows = "\n".join(
+        columns(name, measured(list(Measured.of(rates)), ",.0f")) for name, rates in result["tokens_per_second"].items()
+    )
+    return f"""## Scoring by the model alone, beside lm-evaluation-harness
+
+{record["documents"]} documents of {result["tokens"]:,} tokens, each alone, in windows of {record["context"]:,} that \
+do not overlap; one thread, processor time, {record["rounds"]} rounds in turns. Sums differ by at most \
+{result["largest_difference_a_token"]:.1e} nats a token.
+
+{provenance(record)}
+
+| | tokens/s |
+|:---|---:|
+{rows}
+
+Beside the best of them: {result["times_the_best_peer"]:.2f} ×.
 """
 
 
@@ -203,4 +314,12 @@ def three(records: dict[str, dict[str, Any]]) -> str:
     return f"{head}\n\n{lines}\n\n{more}"
 
 
-SECTIONS = {"ceiling": ceiling, "bm25": bm25, "opening": opening, "growth": growth}
+SECTIONS = {
+    "mixing": mixing,
+    "mixing_smollm2": mixing,
+    "evaluation": evaluation,
+    "bm25": bm25,
+    "opening": opening,
+    "growth": growth,
+    "ceiling": ceiling,
+}

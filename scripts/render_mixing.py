@@ -90,64 +90,7 @@ Neither knows what is found in place of the document: the next neighbours, or wh
 """
 
 
-def mixing(record: dict[str, Any]) -> str:
-    """Time and perplexity of mixtures, and curves of less work."""
-    result = record["result"]
-    store, mixtures = result["store"], result["mixtures"]
-    threads = "one thread" if record["threads"] == 1 else f"{record['threads']} threads"
-    return f"""## How fast the mixtures score text
-
-{result["scored"]["tokens"]:,} tokens of held-out passages beside a store of {store["tokens"]:,} tokens in \
-{store["groups"]} groups; {record["rounds"]} rounds in turns, {threads}. Times are multiples of the model's alone, by \
-the clock and by the processor's time; a block is read where its look-up is among the best \
-{mixtures["in_context"]["read"]} of a hundred. Perplexity is that of every second passage, weights are fitted on the \
-others.
-
-{provenance(record)}
-
-{_curve(mixtures, "lm", "mixture")}
-
-The ∞-gram over the same text as 200 owners': \
-{result["ngram"]["times_1 owners"]["200 owners"]:.2f} × the time that it takes as one owner's.
-
-Neighbours by the lists that are read and the neighbours that are taken, with perplexity of the model, these and the \
-∞-gram together; time of the search alone:
-
-{_curve(result["neighbours"], _base(result["neighbours"]), "search")}
-
-Searches that are spared where the model is sure of the next token (its highest probability is p), or where one token \
-always follows so long a suffix; model, neighbours and ∞-gram together, weights fitted with the searches spared:
-
-{_curve(result["spared"], "none", "spared", result["spared"]["searched"])}
-"""
-
-
-def _base(found: dict[str, Any]) -> str:
-    return next(key.removeprefix("times_") for key in found if key.startswith("times_"))
-
-
-def _curve(found: dict[str, Any], base: str, what: str, searched: dict[str, float] | None = None) -> str:
-    """Tokens a second, times of a base and perplexity."""
-    head = ["tokens/s", f"time of “{base}”", "processor time", "perplexity"]
-    lines = [f"| {' | '.join([what, *(['searched'] if searched else []), *head])} |"]
-    lines.append("|:---|" + "---:|" * (len(head) + bool(searched)))
-    for name, rate in found["tokens_per_second"].items():
-        told = found["perplexity"].get(name)
-        cells = [
-            name,
-            *([f"{100 * searched[name]:.0f} %"] if searched else []),
-            f"{rate:,.0f}",
-            f"{found[f'times_{base}'][name]:.2f}",
-            f"{found[f'processor_times_{base}'][name]:.2f}",
-            f"{told:.2f}" if told else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 SECTIONS = {
-    "mixing": mixing,
-    "mixing_smollm2": mixing,
     "equal_text": equal_text,
     "equal_text_smollm2": equal_text,
     "attribution": attribution,

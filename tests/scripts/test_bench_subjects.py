@@ -11,6 +11,14 @@ from click.testing import CliRunner
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
+MADE = {
+    "machine": {"cpu": "one", "cores": 1, "memory_bytes": 2**30, "python": "3", "versions": {}},
+    "commit": "c",
+    "data": "d",
+    "rounds": 3,
+}
+"""What every record has."""
+
 
 @pytest.fixture(scope="module")
 def bench():
@@ -43,17 +51,27 @@ def test_mixtures_are_told_beside_the_model(bench):
 
 def test_the_bench_of_mixing_is_read(bench):
     """Mixtures, owners and others' loops are ratios by both clocks, with the goal of the model that is scored."""
-    work = {name: lambda: sum(range(2000)) for name in ("lm", "all", "ours", "silo-lm", "1 owners", "200 owners")}
+    names = ("lm", "all", "ours", "silo-lm", "1 owners", "200 owners", "none", "some")
+    work = {name: lambda: sum(range(2000)) for name in names}
 
     def raced(*names):
         return bench("mixing").in_turns({name: work[name] for name in names}, dict.fromkeys(names, 1), names[0], 3)
 
     result = {
-        "mixtures": raced("lm", "all"),
+        "store": {"tokens": 100, "documents": 5, "groups": 1, "control_lists": 4},
+        "own_keys": 100,
+        "scored": {"tokens": 10},
+        "mixtures": {"perplexity": {"lm": 9.0}, **raced("lm", "all")},
+        "neighbours": {"perplexity": {}, **raced("1 owners", "200 owners")},
+        "spared": {"searched": {"none": 1.0, "some": 0.5}, "perplexity": {"some": 8.0}, **raced("none", "some")},
         "ngram": raced("1 owners", "200 owners"),
-        "peers": {"k": 256, **raced("ours", "silo-lm")},
+        "peers": {"k": 256, "probes": 4, "equal_distances": 1.0, **raced("ours", "silo-lm")},
     }
     record = {"command": "python scripts/bench mixing f.jsonl", "result": result}
+    told = importlib.import_module("render_bench").mixing(MADE | record)
+    assert told.count("\n| ") == 9  # three heads, two rows each
+    assert "| some | 50% |" in told
+    assert "silo-lm " in told
     for name, goal in (("mixing", 5.0), ("mixing_smollm2", 2.1)):
         found = {(each.what, each.peer, each.better): each.goal for each in bench("ratios").ratios(record, name)}
         assert found == {
@@ -72,6 +90,9 @@ def test_the_bench_of_evaluation_is_read(bench):
     }
     (found,) = bench("ratios").ratios(record)
     assert found.measured == (3, 2, 4)
+    record["result"] |= {"tokens": 9, "times_the_best_peer": 3.0, "largest_difference_a_token": 1e-7}
+    told = importlib.import_module("render_bench").evaluation(MADE | record | {"documents": 1, "context": 64})
+    assert "| a | 2 (1 to 3) |" in told
 
 
 def test_neighbours_of_either_side_are_judged(bench):
