@@ -38,6 +38,8 @@ class Dot:
     mark: str
     """One of :data:`MARKS`."""
     hollow: bool = False
+    label: str = ""
+    """What is written in place of the name, a little to the right: the row belongs to one above."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def draw_dots(title: str, dots: Sequence[Dot], scale: Scale, *, digits: int, mar
 
 def _row(dot: Dot, y: float, scale: Scale, digits: int) -> list[Html]:
     parts = [
-        tag("text", shortened(dot.name, NAME_LETTERS), x="0", y=f"{y + 3.4:.1f}"),
+        tag("text", shortened(dot.label or dot.name, NAME_LETTERS), x="10" if dot.label else "0", y=f"{y + 3.4:.1f}"),
         tag("text", number(dot.value, digits), x=f"{WIDTH:g}", y=f"{y + 3.4:.1f}", text_anchor="end"),
     ]
     if dot.value is None or not math.isfinite(dot.value):

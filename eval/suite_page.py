@@ -147,15 +147,22 @@ def plots(value: dict[str, Any], measure: str, *, digits: int, caption: str) -> 
     models, domains = models_of(value), by_domain(value["rows"])
     stored = {row["model"] for row in value["rows"] if row["mixture"] != "lm"}
     dots = {
-        domain: [Dot(named(row, models), *row[measure], row["mixture"], row["model"] not in stored) for row in rows]
+        domain: [dot(row, measure, models, hollow=row["model"] not in stored) for row in rows]
         for domain, rows in domains.items()
     }
-    scale = Scale.over((dot for own in dots.values() for dot in own), log=True)
+    scale = Scale.over((each for own in dots.values() for each in own), log=True)
     drawn = (
         draw_dots(domain + (" (permissive)" if domains[domain][0]["permissive"] else ""), own, scale, digits=digits)
         for domain, own in dots.items()
     )
     return tag("figure", tag("div", *drawn, class_="plots"), tag("figcaption", caption))
+
+
+def dot(row: dict[str, Any], measure: str, models: Sequence[str], *, hollow: bool = False) -> Dot:
+    """A row's measure; of several models, mixtures stand below the row of the model alone."""
+    below = len(models) > 1 and row["mixture"] != "lm"
+    label = mixture_title(row["mixture"]) if below else ""
+    return Dot(named(row, models), *row[measure], row["mixture"], hollow, label)
 
 
 def measured_table(value: dict[str, Any], caption: str, measure: str, digits: int) -> Html:
@@ -371,13 +378,10 @@ def render_comparison_page(value: dict[str, Any]) -> str:
 def ratios(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> Html:
     """The ratios of perplexities with their intervals, by domain."""
     known = [row for row in rows if row["why"] is None and row["perplexity_ratio"] is not None]
-    dots = {
-        domain: [Dot(named(row, models), *row["perplexity_ratio"], row["mixture"]) for row in own]
-        for domain, own in by_domain(known).items()
-    }
+    dots = {domain: [dot(row, "perplexity_ratio", models) for row in own] for domain, own in by_domain(known).items()}
     if not dots:
         return Html("")
-    scale = Scale.over((dot for own in dots.values() for dot in own), log=True, shown=(1.0,))
+    scale = Scale.over((each for own in dots.values() for each in own), log=True, shown=(1.0,))
     drawn = (draw_dots(domain, own, scale, digits=3, marked=1.0) for domain, own in dots.items())
     caption = tag("figcaption", "Perplexity of the first over that of the second, on one logarithmic scale.")
     return section("Perplexity, first ÷ second", tag("figure", tag("div", *drawn, class_="plots"), caption))
