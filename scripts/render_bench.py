@@ -114,7 +114,7 @@ def mixing(record: dict[str, Any]) -> str:
     own = (
         f"{result['own_keys']:,} of them with keys of their own"
         if result["own_keys"] < store["tokens"]
-        else "each key its own"
+        else "each with a key of its own"
     )
     return f"""## What mixtures cost
 
