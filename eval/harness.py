@@ -86,8 +86,8 @@ class MixtureLM(TemplateLM):
         with _bar(disable_tqdm) as progress:
             found = score_pairs(self.lm.mixture, {"": self.lm.weighing}, pairs, progress=progress)
         answers = [(each[""][0], each[""][1]) for each in found]
-        for (asked, *_), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", asked, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -87,8 +87,10 @@ def summary(value: dict[str, Any]) -> Html:
         (True, "permissive text, which the store should not make worse"),
     ):
         rows = [row for row in value["rows"] if row["permissive"] == permissive]
-        if chosen is not None and rows:
-            alone, mixed = (typical(rows, chosen[0], mixture) for mixture in ("lm", chosen[1]))
+        if chosen is None:
+            continue
+        alone, mixed = (typical(rows, chosen[0], mixture) for mixture in ("lm", chosen[1]))
+        if alone is not None and mixed is not None:
             domains = count(len(by_domain(rows)), "domain")
             facts.append((f"{number(mixed / alone, 3)} ×", f"the model's own perplexity, over {domains} of {of}"))
     for gap in value["gap"]:
@@ -162,7 +164,8 @@ def dot(row: dict[str, Any], measure: str, models: Sequence[str], *, hollow: boo
     """A row's measure; of several models, mixtures stand below the row of the model alone."""
     below = len(models) > 1 and row["mixture"] != "lm"
     label = mixture_title(row["mixture"]) if below else ""
-    return Dot(named(row, models), *row[measure], row["mixture"], hollow, label)
+    value, low, high = row[measure]
+    return Dot(named(row, models), value, low, high, row["mixture"], hollow, label)
 
 
 def measured_table(value: dict[str, Any], caption: str, measure: str, digits: int) -> Html:
@@ -196,17 +199,13 @@ def gaps(value: dict[str, Any]) -> Html:
     several = len({row["model"] for row in value["gap"]}) > 1
     models = models_of(value) if several else models_of(value)[:1]
     ways = {"geometric": "by geometric mean (●)", "arithmetic": "by arithmetic mean (□)"}
-    dots = [
-        Dot(
-            named(row, models),
-            *(100 * each for each in row[way]),
-            "lm" if way == "geometric" else "lm+knn",
-            way != "geometric",
-        )
-        for row in value["gap"]
-        for way in ways
-        if row[way] is not None
-    ]
+    dots = []
+    for row in value["gap"]:
+        for way in ways:
+            if row[way] is not None:
+                percent, low, high = (100 * each for each in row[way])
+                mark = "lm" if way == "geometric" else "lm+knn"
+                dots.append(Dot(named(row, models), percent, low, high, mark, way != "geometric"))
     rows = [
         [
             named(row, models),
