@@ -4,6 +4,7 @@ MUSE's two questions (Shi 2024, https://arxiv.org/abs/2407.06460), after 1, 2, 4
 scores of removed text are higher than those of text that was never held (privacy leakage), and whether the removed text
 is written on word for word (verbatim memorisation). Each is asked of the whole store, of the store after the removals,
 and of one that never held what was removed, which stands for MUSE's model trained again; the last two must be equal.
+Text that other documents hold too stays known after the removals, as it is to the store that never held them.
 
 A passage's score is the mean log-probability of its tokens (``loss``), or that of the least probable fifth of them
 (``min_k``, Min-K% Prob, Shi 2024, https://arxiv.org/abs/2310.16789).

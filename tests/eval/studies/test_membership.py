@@ -38,7 +38,10 @@ def test_removed_is_as_never_held(result):
             assert step["auc"][name]["after"] == step["auc"][name]["never"]
             assert step["auc"][name]["before"] > 0.9, "a member of the whole store stands out"
             assert step["priv_leak"][name] == 0
-        assert step["rouge_l"]["before"] > step["rouge_l"]["after"] == step["rouge_l"]["never"]
+        assert step["rouge_l"]["after"] == step["rouge_l"]["never"]
+        assert step["longest_run"]["after"] == step["longest_run"]["never"]
+    # The documents begin with one licence notice, so the others still know it; the whole store writes it on, whole.
+    assert result["steps"][0]["rouge_l"]["before"] == 1.0
 
 
 def test_the_store_writes_its_text_on(strangers):
@@ -88,7 +91,7 @@ def test_what_is_left_behind_is_seen(strangers, monkeypatch):
     monkeypatch.setattr(Store, "remove", lambda *_, **__: None)
     result = membership.study(strangers, "document", 1)
     assert result["equal"] is False
-    assert result["steps"][0]["priv_leak"]["loss"] > 0
+    assert result["steps"][0]["equal"] is False
 
 
 def test_the_store_is_not_touched(strangers, result, tmp_path):
