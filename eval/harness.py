@@ -85,7 +85,7 @@ class MixtureLM(TemplateLM):
         ]
         with _bar(disable_tqdm) as progress:
             found = score_pairs(self.lm.mixture, {"": self.lm.weighing}, pairs, progress=progress)
-        answers = [tuple(each[""]) for each in found]
+        answers = [(each[""].log_probability, each[""].greedy) for each in found]
         for (asked, *_), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", asked, answer)
         return answers
