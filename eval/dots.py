@@ -57,7 +57,7 @@ class Scale:
         known = [end for end in (*ends, *shown) if end is not None and math.isfinite(end) and (end > 0 or not log)]
         low, high = min(known, default=1.0), max(known, default=1.0)
         if log:
-            room = max((high / low) ** 0.06, 1.0001)
+            room = max((high / low) ** 0.06, 1.01)
             return cls(low / room, high * room, True)
         room = (high - low) * 0.06 or 1.0
         return cls(low - room, high + room, False)

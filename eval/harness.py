@@ -85,7 +85,7 @@ class MixtureLM(TemplateLM):
         ]
         with _bar(disable_tqdm) as progress:
             found = score_pairs(self.lm.mixture, {"": self.lm.weighing}, pairs, progress=progress)
-        answers = [(each[""][0], each[""][1]) for each in found]
+        answers = [(each[""].log_probability, each[""].greedy) for each in found]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers

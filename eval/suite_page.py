@@ -54,10 +54,10 @@ def by_domain(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return found
 
 
-def typical(rows: Iterable[dict[str, Any]], model: str, mixture: str) -> float | None:
-    """The geometric mean over domains of a mixture's perplexity."""
+def typical(rows: Iterable[dict[str, Any]], model: str, mixture: str) -> float:
+    """The geometric mean over domains of a mixture's perplexity; there must be some."""
     own = [row["perplexity"][0] for row in rows if row["model"] == model and row["mixture"] == mixture]
-    return math.exp(fmean(map(math.log, own))) if own else None
+    return math.exp(fmean(map(math.log, own)))
 
 
 def fullest(value: dict[str, Any]) -> tuple[str, str] | None:
@@ -81,16 +81,15 @@ def headline(value: dict[str, Any]) -> str:
 
 def summary(value: dict[str, Any]) -> Html:
     """The headline and the key figures."""
-    suite, facts, chosen = value["suite"], [], fullest(value)
+    suite, chosen = value["suite"], fullest(value)
+    facts: list[tuple[str, str]] = []
     for permissive, of in (
         (False, "restricted text"),
         (True, "permissive text, which the store should not make worse"),
     ):
         rows = [row for row in value["rows"] if row["permissive"] == permissive]
-        if chosen is None:
-            continue
-        alone, mixed = (typical(rows, chosen[0], mixture) for mixture in ("lm", chosen[1]))
-        if alone is not None and mixed is not None:
+        if chosen is not None and rows:
+            alone, mixed = (typical(rows, chosen[0], mixture) for mixture in ("lm", chosen[1]))
             domains = count(len(by_domain(rows)), "domain")
             facts.append((f"{number(mixed / alone, 3)} ×", f"the model's own perplexity, over {domains} of {of}"))
     for gap in value["gap"]:
@@ -236,7 +235,8 @@ def gaps(value: dict[str, Any]) -> Html:
 
 def leaks(value: dict[str, Any]) -> Html:
     """What the stores hold of the test text word for word."""
-    rows, groups = [row for row in value["rows"] if row["leakage"] is not None], {}
+    rows = [row for row in value["rows"] if row["leakage"] is not None]
+    groups: dict[str, list[list[str]]] = {}
     for domain, own in by_domain(rows).items():
         found = {row["model"]: row["leakage"] for row in own}
         groups[domain] = [
