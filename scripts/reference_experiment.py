@@ -213,7 +213,7 @@ def of_split(file: Path, split: str) -> list[Document]:
 
 
 def restricted_text(out: Path, files: dict[str, Path]) -> dict[str, list[Document]]:
-    """By domain, the restricted text that taught the model of everything, so that both had the same to learn from."""
+    """By domain, the restricted side of the corpus that the model of everything was taught from."""
     names = {document.id: name for name, file in files.items() for document in of_split(file, "train")}
     corpus = Corpus.open(out / "everything" / "permissive")
     found: dict[str, list[Document]] = {name: [] for name in files}

@@ -25,8 +25,9 @@ def reference(record: dict[str, Any]) -> str:
 Two models of one shape ({one["parameters"]:,} parameters, top-2 of 8 experts), with one tokenizer, the same first \
 weights and {one["tokens"]:,} tokens in {one["steps"]:,} steps each: one taught by the permissive domains only, the \
 other by all nine. Each then has a store of the same {result["store"]["tokens"]:,} tokens of restricted text, of \
-{result["store"]["owners"]} owners, that the second was taught with. Test perplexity, each document alone; λ and τ \
-fitted on each domain's validation text, "gate" learnt from permissive text and the same for all.
+{result["store"]["owners"]} owners, of the corpus that the second one's training text was drawn from. Test perplexity, \
+each document alone; neighbours and ∞-gram, λ and τ fitted on each domain's validation text; "gate" is learnt from \
+permissive text and the same for all. Goals: c / b at most 0.6, c / d at most 1.05.
 
 {provenance(record)}
 
