@@ -229,10 +229,10 @@ BREAKS = {
     "Should have a `model_type` key": lambda path: (path / "config.json").write_text("{}"),
     "model type `nonesuch`": lambda path: edit_config(path, '"silo"', '"nonesuch"'),
     "ffn is 'dense or so'": lambda path: edit_config(path, '"moe"', '"dense or so"'),
-    "for 10 parameters of the model: model.layers.2.": lambda path: edit_config(
+    "for 9 parameters of the model: model.layers.2.": lambda path: edit_config(
         path, '"num_hidden_layers": 2', '"num_hidden_layers": 3'
     ),
-    "for 6 parameters of the model: model.layers.0.mlp.down_proj": lambda path: edit_config(
+    "for 4 parameters of the model: model.layers.0.mlp.down_proj": lambda path: edit_config(
         path, '"intermediate_size": 64', '"intermediate_size": 32'
     ),
     "no file named model.safetensors": lambda path: (path / "model.safetensors").unlink(),
@@ -261,7 +261,7 @@ def test_a_broken_model_is_one_line_on_the_terminal(model_dir, tmp_path):
     command = [sys.executable, "-m", "silo", "eval", "perplexity", "--model", str(directory), "--data", str(data)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "for 10 parameters of the model" in done.stderr
+    assert "for 9 parameters of the model" in done.stderr
 
 
 def test_a_directory_that_is_not_there_is_wrong_use(tmp_path):
