@@ -24,13 +24,17 @@ from silo.files import sha256
 
 def nested(rows: Sequence[DocumentRow], sizes: int) -> list[list[DocumentRow]]:
     """Documents of so many stores, each a part of the next: the last has all, each other about half of the next one's
-    tokens, and at least one document. Raises :class:`UsageError` if there are fewer documents than sizes."""
+    tokens, and at least one document. Stores that would be the same, since one document fills both, are one.
+
+    Raises:
+        UsageError: there are fewer documents than sizes.
+    """
     if len(rows) < sizes:
         raise UsageError(f"{sizes} sizes of a store of {len(rows)} documents; expected at most one for each document")
     ordered = sorted(rows, key=lambda row: sha256(row.id.encode()))
     ends = np.cumsum([row.end - row.begin for row in ordered])
     counts = [int(np.argmax(ends >= ends[-1] / 2**power)) + 1 for power in reversed(range(sizes))]
-    return [ordered[:count] for count in counts]
+    return [ordered[:count] for count in sorted(set(counts))]
 
 
 def study(subject: Subject, sizes: int, progress: Progress | None = None) -> dict[str, Any]:
