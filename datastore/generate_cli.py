@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from silo.cli import reports
-from silo.errors import UsageError
 
 if TYPE_CHECKING:
     from datastore.policy import QueryPolicy
@@ -102,21 +101,11 @@ def generate(
 
     Example: silo generate --model MODEL --store STORE --weights gate.json --deny-owner 'Ada' 'def main('
     """
-    from datastore.loading import load
+    from datastore.loading import load_by
     from silo.progress import progress_bar
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    if store is None and policy.to_json():
-        raise UsageError("--allow, --deny and --purpose choose from a store; give --store")
-    lm = load(
-        model,
-        store=store,
-        use=use.split(",") if use else None,
-        weights=weights,
-        allow=policy.allow,
-        deny=policy.deny,
-        purpose=policy.purpose,
-    )
+    lm = load_by(policy, model, store=store, use=use, weights=weights)
     with progress_bar("generate") as progress:
         answer = lm.generate_with_sources(
             text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress

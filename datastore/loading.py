@@ -15,8 +15,8 @@ from silo.mixture import Mixture
 from silo.weights import METHODS, Weighing, Weights, read_weighing
 
 if TYPE_CHECKING:
+    from silo.adaptive import Spare
     from silo.in_context import InContext
-
 
 OWN_GATE = "gate"
 """In place of a file of weights: the gate that the store keeps."""
@@ -32,6 +32,7 @@ def load(
     deny: Named = None,
     purpose: str | None = None,
     in_context: InContext | None = None,
+    spare: Spare | None = None,
 ) -> MixtureForCausalLM:
     """Load a model beside what some documents of a store answer, as a causal language model of transformers.
 
@@ -46,6 +47,7 @@ def load(
         deny: documents that may not, in the same way.
         purpose: ``"commercial"`` or ``"research"``: only documents whose licence permits it.
         in_context: how blocks are looked up and read.
+        spare: which searches for neighbours are spared, if any (:class:`silo.adaptive.Spare`).
 
     Raises:
         UsageError: what is asked for does not fit together.
@@ -57,8 +59,23 @@ def load(
     lm = model if isinstance(model, LanguageModel) else LanguageModel.load(Path(model))
     if opened is None or list(weighing.methods) == ["lm"]:
         return MixtureForCausalLM(Mixture(lm), weighing)
-    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, **policy.selections(opened))
+    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, spare=spare, **policy.selections(opened))
     return MixtureForCausalLM(mixture, weighing)
+
+
+def load_by(
+    policy: QueryPolicy, model: Path, *, store: Path | None, use: str | None, weights: str | Path | None
+) -> MixtureForCausalLM:
+    """As :func:`load`, for what a command line says: a policy, and methods such as ``lm,knn``.
+
+    Raises:
+        UsageError: there is a policy and no store that it could choose from, or as :func:`load`.
+    """
+    if store is None and policy.to_json():
+        raise UsageError("--allow, --deny and --purpose choose from a store; give --store")
+    methods = use.split(",") if use else None
+    choice = {"allow": policy.allow, "deny": policy.deny, "purpose": policy.purpose}
+    return load(model, store=store, use=methods, weights=weights, **choice)  # type: ignore[arg-type]
 
 
 def choose_weighing(

@@ -34,6 +34,7 @@ from silo.errors import DataError, StoreError, UsageError
 from silo.files import read_checked
 
 if TYPE_CHECKING:
+    from silo.adaptive import Spare
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
@@ -162,15 +163,16 @@ class Snapshot:
         allow: Selection | None = None,
         deny: Selection | None = None,
         in_context: InContext | None = None,
+        spare: Spare | None = None,
     ) -> Mixture:
-        """The model beside what some documents answer; ``use`` and the selections are as in :class:`View`.
+        """The model beside what some documents answer; ``use`` and what comes after are as in :class:`View`.
 
         Raises:
             StoreError: the keys are those of another model.
         """
         self.require_model(model)
         with self._as_opened():
-            return self.select(allow=allow, deny=deny).mixture(model, use, in_context)
+            return self.select(allow=allow, deny=deny).mixture(model, use, in_context, spare)
 
     def _chooser(self, selection: Selection | None, *, otherwise: bool) -> Callable[[str], np.ndarray]:
         """A function from a shard's name to which of its documents are selected, (documents,) bool.

@@ -41,7 +41,7 @@ from datastore.shard import DocumentRow, Encoded, Shard, shard_name, slug, token
 from datastore.snapshot import Snapshot
 from datastore.spool import Spool
 from silo.documents import Document
-from silo.errors import DataError, StoreError, UsageError
+from silo.errors import DataError, LicenseError, StoreError, UsageError
 from silo.files import (
     canonical_json,
     exclusive_lock,
@@ -52,6 +52,7 @@ from silo.files import (
     sync_directory,
     write_file,
 )
+from silo.licensing import tier_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -246,8 +247,13 @@ class Store(Snapshot):
             provenance: what it said of how.
 
         Raises:
+            LicenseError: one of its teachers is restricted (law 2).
             StoreError: it was learnt for another model or beside another control plane.
         """
+        for each in provenance["teachers"]:
+            if not tier_of(each["license"]).permissive:
+                said = f"{each['id']!r} under {each['license'] or 'no licence'} taught the gate, and is restricted"
+                raise LicenseError(f"{said}; a store keeps a gate that permissive text alone has taught")
         with self._writing():
             learnt_for = (provenance.get("model"), provenance.get("control"))
             if learnt_for != (self.manifest.model["fingerprint"], self.manifest.control):
@@ -468,9 +474,7 @@ class Store(Snapshot):
         with exclusive_lock(self.path / ".lock"):
             self._reload()
             collected = self._collect()
-            refuse_strays(self.path, PARTS | {str(self.manifest.gate_file)})
-            if self.manifest.gate:
-                self.gate_path()
+            refuse_strays(self.path, PARTS | ({self.gate_path().name} if self.manifest.gate else set()))
             read_checked(self.path / "tokenizer.json", self.manifest.tokenizer)
             verify_directory(self.path / "control", "control.json", self.manifest.control)
             for entry in self.manifest.shards.values():

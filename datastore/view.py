@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from datastore.control import ControlPlane
+    from silo.adaptive import Spare
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
@@ -76,13 +77,20 @@ class View:
         """The ∞-gram, mapped from disk."""
         return NgramIndex([Suffixes.open(keys, path / "suffixes") for path, keys in self._groups], self._selected)
 
-    def mixture(self, model: LanguageModel, use: Sequence[str], in_context: InContext | None = None) -> Mixture:
+    def mixture(
+        self,
+        model: LanguageModel,
+        use: Sequence[str],
+        in_context: InContext | None = None,
+        spare: Spare | None = None,
+    ) -> Mixture:
         """A model beside what these documents answer.
 
         Args:
             model: the one whose keys the store holds.
             use: ``lm``, and of ``knn``, ``ric`` and ``ngram`` what is wanted; a JVM starts for ``ric`` only.
             in_context: how blocks are looked up and read.
+            spare: which searches for neighbours are spared, if any.
         """
         from silo.mixture import Mixture
 
@@ -92,4 +100,5 @@ class View:
             blocks=self.blocks() if "ric" in use else None,
             ngrams=self.ngrams() if "ngram" in use else None,
             in_context=in_context,
+            spare=spare,
         )

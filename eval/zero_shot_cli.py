@@ -11,7 +11,6 @@ from rich.console import Console
 from datastore.generate_cli import policy_options
 from eval.options import file_of_weights
 from silo.cli import reports
-from silo.errors import UsageError
 
 if TYPE_CHECKING:
     from datastore.policy import QueryPolicy
@@ -67,26 +66,16 @@ def zero_shot(
 
     Example: silo eval zero-shot MODEL --store STORE --domain-prompt 'Answer:' TASK.jsonl
     """
-    from datastore.loading import load
+    from datastore.loading import load_by
     from eval.suite_report import origin
     from eval.zero_shot import read_task, score_task, summary
     from silo.files import sha256_file
     from silo.progress import progress_bar
     from silo.weights import Weights
 
-    if store is None and policy.to_json():
-        raise UsageError("--allow, --deny and --purpose choose from a store; give --store")
     questions = read_task(task, domain_prompt)
     chosen = file_of_weights(Path(weights), store) if weights else None
-    lm = load(
-        model,
-        store=store,
-        use=use.split(",") if use else None,
-        weights=chosen,
-        allow=policy.allow,
-        deny=policy.deny,
-        purpose=policy.purpose,
-    )
+    lm = load_by(policy, model, store=store, use=use, weights=chosen)
     weighings: dict[str, Any] = {"lm": Weights({"lm": 1.0})}
     if len(lm.weighing.methods) > 1:
         weighings["+".join(lm.weighing.methods)] = lm.weighing

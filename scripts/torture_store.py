@@ -94,7 +94,7 @@ class Patient:
     @staticmethod
     def keep_gate(store: Store, gate: Gate) -> None:
         """Make a gate the store's own."""
-        made_for = {"model": store.manifest.model["fingerprint"], "control": store.manifest.control}
+        made_for = {"model": store.manifest.model["fingerprint"], "control": store.manifest.control, "teachers": []}
         store.keep_gate(gate, made_for)
 
     def change(self, name: str, path: Path) -> None:

@@ -164,11 +164,11 @@ class Mixture:
             if matches is not None and self.ngrams is not None:
                 own = torch.from_numpy(tokens[begin:end].astype(np.int64))
                 ngram = NgramReading(matches, self.ngrams, np.arange(first + begin, first + end), own)
-            yield Parts(begin, end, lm, self._neighbours(keys, lm, ngram), ric, ngram)
+            yield Parts(begin, end, lm, self.nearest(keys, lm, ngram), ric, ngram)
             begin = end
 
-    def _neighbours(self, keys: np.ndarray, lm: ModelReading, ngram: NgramReading | None) -> NeighbourReading | None:
-        """The neighbours of (n, d) keys, where their search is not spared."""
+    def nearest(self, keys: np.ndarray, lm: ModelReading, ngram: NgramReading | None) -> NeighbourReading | None:
+        """The neighbours of (n, d) keys, where their search is not spared; None if neighbours are not used."""
         if self.neighbours is None:
             return None
         if self.spare is None:

@@ -15,8 +15,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from silo.in_context import BlockReading, FoundBlocks, Readings, copy_states, find_blocks, read_blocks
-from silo.mixture import NEIGHBOURS, Mixture, Parts
-from silo.readings import ModelReading, NeighbourReading, NgramReading
+from silo.mixture import Mixture, Parts
+from silo.readings import ModelReading, NgramReading
 
 CHUNK = 64
 """Positions that are mixed at a time, since a distribution over the vocabulary is large."""
@@ -175,11 +175,8 @@ class Reader:
             part = slice(at, at + CHUNK)
             begin = row.position(first + at)
             end = begin + len(keys[part])
-            knn = None
-            if (source := self.mixture.neighbours) is not None:
-                knn = NeighbourReading(source.search(keys[part], NEIGHBOURS), source)
             lm, ric, ngram = ModelReading.of(logits[part]), self._blocks(row, begin, end), self._ngrams(row, begin, end)
-            yield Parts(begin, end, lm, knn, ric, ngram)
+            yield Parts(begin, end, lm, self.mixture.nearest(keys[part], lm, ngram), ric, ngram)
 
     def _ngrams(self, row: Row, begin: int, end: int) -> NgramReading | None:
         """Match the contexts of some positions, which come after those that were matched before."""

@@ -50,6 +50,7 @@ IN_CONTEXT = InContext(blocks=1, text_tokens=128)
 CURVE = ((1, 256), (2, 256), (3, 256), (4, 64), (4, 256), (8, 256), (16, 256))
 """Probes and k."""
 SPARED = {
+    "none": None,
     "p ≥ 0.9": Spare(sure=0.9),
     "p ≥ 0.5": Spare(sure=0.5),
     "suffix ≥ 9": Spare(suffix=9),
@@ -201,9 +202,7 @@ def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_k
 
 def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_keys: bool) -> dict[str, Any]:
     """The model, neighbours and the ∞-gram, with fewer and fewer searches; weights are fitted with those alone."""
-    named = {"none": Mixture(lm, neighbours=store.neighbours(), ngrams=store.ngrams())}
-    for name, rule in SPARED.items():
-        named[name] = Mixture(lm, neighbours=store.neighbours(), ngrams=store.ngrams(), spare=rule)
+    named = {name: store.mixture(lm, ("lm", "knn", "ngram"), spare=rule) for name, rule in SPARED.items()}
     scores: dict[str, Scores] = {}
     calls = {name: lambda name=name, of=of: scores.update({name: score(of, texts)}) for name, of in named.items()}
     tokens = sum(len(each.tokens) for each in texts)

@@ -130,14 +130,21 @@ def test_a_store_keeps_its_gate(model, make_store, permissive, documents):
 
 
 def test_a_gate_for_another_store_is_not_kept(model, make_store, permissive):
-    """It must have been learnt for this model, beside this control plane; and a store may have none."""
+    """It must have been learnt for this model, beside this control plane, from permissive text (law 2); and a store may
+    have none, and then no file that could be one."""
     store = make_store("other")
     gate, source = rehearsed(model, store, permissive)
     with pytest.raises(StoreError, match="another model or control plane"):
         store.keep_gate(gate, {**source, "control": "0" * 64})
+    theirs = {**source["teachers"][0], "license": "GPL-3.0-only"}
+    with pytest.raises(LicenseError, match="taught the gate, and is restricted"):
+        store.keep_gate(gate, {**source, "teachers": [*source["teachers"], theirs]})
     with pytest.raises(UsageError, match="has no gate of its own"):
         Store.open(store.path).gate_path()
     assert not list(store.path.glob("gate-*"))
+    (store.path / "None").touch()
+    with pytest.raises(IntegrityError, match="does not belong to the store"):
+        store.verify()
 
 
 def test_the_commands(model_dir, store, permissive, documents, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import silo
 from datastore.store import Store
 from silo.adaptive import Spare
 from silo.mixture import Mixture
@@ -70,6 +71,19 @@ def test_what_is_not_spared_is_as_it_was(store, model, documents, name):
     instead = whole + WEIGHTS.by_method["knn"] * (lm - knn)
     torch.testing.assert_close(spared[~found], instead[~found], rtol=1e-9, atol=1e-12)
     assert float(spared.sum(dim=1).sub(1).abs().max()) < 1e-6
+
+
+def test_reading_on_spares_the_same(store, model, documents):
+    """`silo.load` takes the rule, and what it says, at once or with a cache, is the mixture's own with that rule."""
+    tokens = model.tokenize(documents[0])[:40]
+    rule = RULES["either"]
+    lm = silo.load(model, store=store, weights=WEIGHTS.to_json(), spare=rule)
+    expected, found, *_ = read(store, model, tokens, rule)
+    assert 0 < found.sum() < len(found)
+    ids = torch.tensor([[model.start_token, *tokens[:-1]]])
+    torch.testing.assert_close(lm(ids).logits[0].double().exp(), expected, rtol=1e-4, atol=1e-6)
+    whole = silo.load(model, store=store, weights=WEIGHTS.to_json())(ids).logits[0].double().exp()
+    assert float((whole - expected).abs().max()) > 1e-3
 
 
 def test_a_later_token_decides_nothing(store, model, documents):
