@@ -85,33 +85,20 @@ def perplexity(
     from datastore.store import Store
     from eval import perplexity as measure
     from silo.documents import read_documents
-    from silo.files import read_json, write_json
+    from silo.files import write_json
     from silo.language_model import LanguageModel
-    from silo.licensing import DEFAULT_POLICY
     from silo.progress import progress_bar
 
     require_options(methods, store, fit_on, weights)
-    weights = weights and file_of_weights(weights, store)
     documents = list(read_documents(data))
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
     lm = LanguageModel.load(model)
     mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy)
     if fit_on:
-        with progress_bar("fit") as progress:
-            texts = measure.sample(fitted_documents, mixture, max_tokens)
-            fitted: Mapping[str, Weights | Gate] = measure.fit_combinations(
-                measure.score(mixture, texts, progress=progress), methods
-            )
-        whose = {each.owner or each.source for each in fitted_documents if not DEFAULT_POLICY.tier(each).permissive}
-        source: dict[str, Any] = {"fitted_on": measure.data_hash(texts), "restricted_text_of": sorted(whose)}
+        fitted, source = fit_weights(mixture, fitted_documents, methods, max_tokens)
     else:
-        value: dict[str, Any] = read_json(weights) if weights else MODEL_ALONE
-        fitted = measure.weighings_from_json(value, methods, lm, where=str(weights))
-        source = {
-            "fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on"),
-            "restricted_text_of": value.get("restricted_text_of", []),
-        }
+        fitted, source = read_weights(weights, store, methods, lm)
     texts = measure.sample(documents, mixture, max_tokens)
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
@@ -127,6 +114,36 @@ def perplexity(
         "documents": len(texts),
         "data": measure.data_hash(texts),
         **described,
+    }
+
+
+def fit_weights(
+    mixture: Mixture, documents: Sequence[Document], methods: list[str], max_tokens: int | None
+) -> tuple[Mapping[str, Weights | Gate], dict[str, Any]]:
+    """Weights of each mixture, fitted on validation text; and whose restricted text they learnt from."""
+    from eval import perplexity as measure
+    from silo.licensing import DEFAULT_POLICY
+    from silo.progress import progress_bar
+
+    with progress_bar("fit") as progress:
+        texts = measure.sample(documents, mixture, max_tokens)
+        fitted = measure.fit_combinations(measure.score(mixture, texts, progress=progress), methods)
+    whose = {each.owner or each.source for each in documents if not DEFAULT_POLICY.tier(each).permissive}
+    return fitted, {"fitted_on": measure.data_hash(texts), "restricted_text_of": sorted(whose)}
+
+
+def read_weights(
+    weights: Path | None, store: Path | None, methods: list[str], lm: LanguageModel
+) -> tuple[Mapping[str, Weights | Gate], dict[str, Any]]:
+    """The same from a file; without one, of the model alone."""
+    from eval import perplexity as measure
+    from silo.files import read_json
+
+    file = file_of_weights(weights, store) if weights else None
+    value: dict[str, Any] = read_json(file) if file else MODEL_ALONE
+    return measure.weighings_from_json(value, methods, lm, where=str(file)), {
+        "fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on"),
+        "restricted_text_of": value.get("restricted_text_of", []),
     }
 
 

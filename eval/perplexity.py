@@ -73,6 +73,11 @@ class Scores:
         """The same, as a gate learns from it."""
         return Lessons(self.evidence, self.given, self.distances, self.hits)
 
+    def rows(self, which: torch.Tensor, lengths: list[int]) -> Scores:
+        """Some of the tokens, by a mask or by their numbers, which are texts of these lengths."""
+        chosen = self.lessons.rows(which)
+        return Scores(dict(chosen.given), chosen.distances, chosen.hits, chosen.evidence, lengths)
+
     def knn(self, temperature: Temperature) -> torch.Tensor:
         """(n,) float64 probabilities by the neighbours; the model's where there are none."""
         if self.distances is None or self.hits is None:

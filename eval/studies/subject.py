@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from datastore.selection import Selection
 from datastore.shard import DocumentRow
@@ -146,13 +147,7 @@ def take(scores: Scores, texts: Sequence[int]) -> Scores:
     """The scores of some of the texts, by their numbers, in that order."""
     ends = np.cumsum([0, *scores.lengths])
     where = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in texts])
-    return Scores(
-        {name: value[where] for name, value in scores.given.items()},
-        scores.distances[where] if scores.distances is not None else None,
-        scores.hits[where] if scores.hits is not None else None,
-        {name: value[where] for name, value in scores.evidence.items()},
-        [scores.lengths[number] for number in texts],
-    )
+    return scores.rows(torch.from_numpy(where), [scores.lengths[number] for number in texts])
 
 
 def most(names: Sequence[str]) -> str:

@@ -164,14 +164,8 @@ def perplexity_of(scores: Scores, methods: Sequence[str]) -> float:
     """Perplexity on every second text, with weights that are fitted on the others."""
     second = torch.arange(len(scores.lengths)) % 2 == 1
     of_token = second.repeat_interleave(torch.tensor(scores.lengths))
-    return perplexities(some(scores, of_token), {"it": fit(some(scores, ~of_token), methods)})["it"]
-
-
-def some(scores: Scores, which: torch.Tensor) -> Scores:
-    """Some tokens of scores, by a mask."""
-    nearest, hits = (None if of is None else of[which] for of in (scores.distances, scores.hits))
-    given, evidence = ({name: each[which] for name, each in of.items()} for of in (scores.given, scores.evidence))
-    return Scores(given, nearest, hits, evidence, [int(which.sum())])
+    asked, others = (scores.rows(which, [int(which.sum())]) for which in (of_token, ~of_token))
+    return perplexities(asked, {"it": fit(others, methods)})["it"]
 
 
 def quantile_of_lookups(lm: LanguageModel, store: Store, texts: list[Text], read: int) -> float:

@@ -192,12 +192,12 @@ def test_generation_with_a_cache_is_generation_without(ffn):
     """Greedy text from the key-value cache is the text that reading everything anew for each token gives."""
     model = random_model(ffn).double()
     model.generation_config.eos_token_id = None
-    prompt = random_tokens(2, 5)
+    prompt = random_tokens(2, 5, seed=29)  # whose texts do not soon repeat one token
     cached = model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=True, pad_token_id=0)
     slow = prompt
     for _ in range(12):
         slow = torch.cat((slow, model(slow).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert len(slow[:, 5:].unique()) > 2
+    assert len(set(slow[0, 5:].tolist())) > 3
     assert torch.equal(cached, slow)
 
 
