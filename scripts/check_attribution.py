@@ -28,7 +28,7 @@ import click
 import numpy as np
 import torch
 from compare_at_equal_text import build, say, split
-from recording import command, commit, files_hash, machine
+from recording import made
 
 from datastore.store import Selection, Store
 from eval.perplexity import Text, sample
@@ -66,11 +66,7 @@ def main(files: tuple[Path, ...], model: Path, store_tokens: int, texts: int, ev
             observe(store, lm, asked, id, by_document[id])
     seen = [pair for id in chosen for pair in by_document[id]]
     report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
-        "seed": 0,
-        "data": files_hash(files),
+        **made(files),
         "result": {
             "pairs": len(seen),
             "documents": len(chosen),

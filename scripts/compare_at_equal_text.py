@@ -32,7 +32,7 @@ import click
 import numpy as np
 import torch
 from bench.control import read
-from recording import command, commit, files_hash, machine
+from recording import made
 
 from datastore.control import ControlPlane, provenance
 from datastore.store import Store
@@ -99,11 +99,7 @@ def main(
             for way, settings in {"ours": InContext(), **WAYS}.items()
         }
     report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
-        "seed": 0,
-        "data": files_hash(files),
+        **made(files),
         "model": {"name": name, "fingerprint": lm.fingerprint},
         "result": {
             "store_tokens": sum(each.tokens for each in store.manifest.shards.values()),

@@ -60,6 +60,17 @@ def files_hash(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def made(files: Iterable[Path], seed: int = 0) -> dict[str, Any]:
+    """What a record begins with: machine, command, commit, seed, and the hash of the files."""
+    return {
+        "machine": machine(),
+        "command": command(),
+        "commit": commit(),
+        "seed": seed,
+        "data": files_hash(files),
+    }
+
+
 def provenance(record: dict[str, Any]) -> str:
     """Command, commit, seed, data and machine of a run, as list items."""
     machine = record["machine"]

@@ -31,9 +31,9 @@ import yaml
 from bench.control import read
 from compare_at_equal_text import taken
 from experiment import LENGTH, VOCABULARY, open_samples, prepare, run_once, say
-from recording import command, commit, files_hash, machine
+from recording import made
 
-from datastore.control import ControlPlane, provenance
+from datastore.control import ControlPlane, provenance, read_trained_on
 from datastore.store import Store
 from eval.perplexity import sample, score, weighings_from_json
 from eval.rehearsal import rehearse
@@ -43,7 +43,7 @@ from eval.suite_run import Contestant, run, weights_file
 from silo.collect import collect
 from silo.corpus import Corpus
 from silo.documents import Document
-from silo.files import read_json, remove_tree, sha256, write_json
+from silo.files import read_json, remove_tree, sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY, load_policy
 from silo.mixture import Mixture
@@ -142,7 +142,8 @@ def measure(
     domains = {file.name.partition(".")[0]: file for file in files}
     permissive = [name for name, file in domains.items() if is_permissive(file)]
     for side in SIDES:
-        build_store(out, side, domains, permissive, store_tokens, rehearsal_tokens)
+        build_store(out, side, domains, permissive, store_tokens)
+    teach_gate(out, [domains[name] for name in permissive], rehearsal_tokens)
     plan = out / "suite.yaml"
     plan.write_text(yaml.safe_dump(suite_of(out, domains, permissive, tokens, fit_tokens)))
     suite = load_suite(plan)
@@ -151,11 +152,7 @@ def measure(
     runs = {side: json.loads((out / "runs" / side / "run.json").read_bytes()) for side in SIDES}
     store = Store.open(out / "runs" / "permissive" / "store")
     report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
-        "seed": runs["permissive"]["seed"],
-        "data": files_hash(files),
+        **made(files, runs["permissive"]["seed"]),
         "result": {
             "runs": runs,
             "store": {
@@ -177,34 +174,35 @@ def is_permissive(file: Path) -> bool:
     return DEFAULT_POLICY.tier(next(read(file))[1]).permissive
 
 
-def build_store(
-    out: Path, side: str, domains: dict[str, Path], permissive: list[str], tokens: int, rehearsal_tokens: int
-) -> None:
-    """A model's store of the restricted training text, and the gate for it."""
+def build_store(out: Path, side: str, domains: dict[str, Path], permissive: list[str], tokens: int) -> None:
+    """A model's store of the restricted training text; permissive validation text teaches its centroids."""
     path = out / "runs" / side / "store"
-    gate = path.with_name("gate.json")
-    if gate.exists():
+    if path.exists():
         return
     lm = LanguageModel.load(path.with_name("model"))
-    held_back = {name: of_split(domains[name], "val") for name in permissive}
-    if not path.exists():
-        teachers = [d for each in held_back.values() for d in taken(lm, each, CONTROL_TOKENS // len(held_back))]
-        keys = np.concatenate([lm.keys(lm.tokenize(document)) for document in teachers])
-        partial = path.with_name("store.partial")
-        remove_tree(partial)
-        store = Store.create(
-            partial, lm, path.with_name("model") / "tokenizer.json", ControlPlane.fit(keys, provenance(teachers))
-        )
-        text = restricted_text(out, {name: file for name, file in domains.items() if name not in permissive})
-        store.add([d for name in sorted(text) for d in taken(lm, text[name], tokens)], lm)
-        partial.rename(path)
+    share = CONTROL_TOKENS // len(permissive)
+    teachers = [d for name in permissive for d in taken(lm, of_split(domains[name], "val"), share)]
+    control = ControlPlane.fit(np.concatenate([lm.keys(lm.tokenize(each)) for each in teachers]), provenance(teachers))
+    partial = path.with_name("store.partial")
+    remove_tree(partial)
+    store = Store.create(partial, lm, path.with_name("model") / "tokenizer.json", control)
+    text = restricted_text(out, {name: file for name, file in domains.items() if name not in permissive})
+    store.add([d for name in sorted(text) for d in taken(lm, text[name], tokens)], lm)
+    partial.rename(path)
     say(side)("store built")
-    store = Store.open(path)
-    learnt, source = rehearse(
-        lm, store, [d for each in held_back.values() for d in each], METHODS,
-        policy=DEFAULT_POLICY, trained_on=set(), store_tokens=rehearsal_tokens, asked_tokens=rehearsal_tokens // 7,
-    )  # fmt: skip
-    write_json(gate, {**learnt.to_json(), "provenance": source})
+
+
+def teach_gate(out: Path, files: Sequence[Path], tokens: int) -> None:
+    """The gate of (c)'s store, from permissive validation text of a rehearsal's size."""
+    model = out / "runs" / "permissive" / "model"
+    store = Store.open(model.with_name("store"))
+    if not store.manifest.gate:
+        teachers = [document for file in files for document in of_split(file, "val")]
+        gate, source = rehearse(
+            LanguageModel.load(model), store, teachers, METHODS, policy=DEFAULT_POLICY,
+            trained_on=read_trained_on(model), store_tokens=tokens, asked_tokens=tokens // 7,
+        )  # fmt: skip
+        store.keep_gate(gate, source)
 
 
 def of_split(file: Path, split: str) -> list[Document]:
@@ -228,7 +226,7 @@ def suite_of(
 ) -> dict[str, Any]:
     """Both models with their stores on all domains, weighed per domain; and the first by its gate."""
     entries = {side: {"path": f"runs/{side}/model", "store": f"runs/{side}/store", "use": METHODS} for side in SIDES}
-    gated = {**entries["permissive"], "weights": "runs/permissive/gate.json"}
+    gated = {**entries["permissive"], "weights": "gate"}
     return {
         "name": "reference",
         "version": 1,

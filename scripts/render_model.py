@@ -83,17 +83,6 @@ def experts(record: dict[str, Any]) -> str:
         columns(KINDS[kind], *(f"{statistics.fmean(perplexities(each, 'test', name)):,.1f}" for name in domains))
         for kind, each in runs.items()
     )
-    use = "\n".join(
-        columns(
-            KINDS[kind],
-            f"{each[0]['experts']['number']:,}",
-            f"{statistics.fmean(run['experts']['updates_of_each'] for run in each):,.0f}",
-            f"{statistics.fmean(run['experts']['used'] for run in each):.1%}",
-            f"{statistics.fmean(run['experts']['unevenness'] for run in each):.2f}",
-        )
-        for kind, each in runs.items()
-        if each[0]["experts"]
-    )
     one = runs["dense"][0]
     costs = [kind["flops_per_token"] for kind in kinds.values()]
     return f"""## Experts at equal operations
@@ -126,8 +115,23 @@ any token takes, and the unevenness of the load in nats.
 
 | feed-forward | experts | steps that moved each | used | unevenness |
 |:---|---:|---:|---:|---:|
-{use}
+{_use(runs)}
 """
+
+
+def _use(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Rows of how experts are used, by kind."""
+    return "\n".join(
+        columns(
+            KINDS[kind],
+            f"{each[0]['experts']['number']:,}",
+            f"{statistics.fmean(run['experts']['updates_of_each'] for run in each):,.0f}",
+            f"{statistics.fmean(run['experts']['used'] for run in each):.1%}",
+            f"{statistics.fmean(run['experts']['unevenness'] for run in each):.2f}",
+        )
+        for kind, each in runs.items()
+        if each[0]["experts"]
+    )
 
 
 def growth(record: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ each document alone; neighbours and ∞-gram, λ and τ fitted on each domain's 
 permissive text and the same for all. Goals: c / b at most 0.6, c / d at most 1.05.
 
 {provenance(record)}
+- Before it: `python scripts/reference_experiment.py train permissive … --tokens {one["tokens"]}` and `… train \
+everything …`, at commit `{one["commit"]}`
 
 {_domains(result["rows"], restricted)}
 

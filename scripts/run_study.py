@@ -21,7 +21,7 @@ from pathlib import Path
 
 import click
 from compare_at_equal_text import Splits, build, say, split
-from recording import command, commit, files_hash, machine
+from recording import made
 
 from eval.studies import licenses, neighbours, opt_out, routing, store_size
 from eval.studies.subject import Subject
@@ -75,11 +75,7 @@ def main(
             result = routing.study(lm, domains, tokens // len(domains))
         described = subject.described()
     report = {
-        "machine": machine(),
-        "command": command(),
-        "commit": commit(),
-        "seed": 0,
-        "data": files_hash(files),
+        **made(files),
         "model": {"name": name, "fingerprint": lm.fingerprint},
         "result": {**described, "studies": {study: result}},
     }

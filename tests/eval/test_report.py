@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,45 +13,9 @@ from eval.report import render_html, write_report
 from silo.markup import visible
 
 ROOT = Path(__file__).resolve().parents[2]
-VOID = {"meta", "br", "link", "img", "input"}
 HOSTILE = (
     "</code></style>\"'><script>alert(1)</script><img src=http://x.example/y>&amp;$x_1$\x00\x1b\u202e\ud800-->]]>\r\n"
 )
-
-
-class Page(HTMLParser):
-    """What a page holds: its elements with their attributes, its text, and whether its tags match."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.elements, self.words, self.open = [], [], []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, name, attributes):
-        """Note an element, and that it is to be closed."""
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_startendtag(self, name, attributes):
-        """Note an element that closes itself."""
-        self.elements.append((name, dict(attributes)))
-
-    def handle_endtag(self, name):
-        """Refuse a tag that closes another element than the last."""
-        assert self.open.pop() == name
-
-    def handle_data(self, data):
-        """Note text, except style."""
-        if self.open[-1:] != ["style"]:
-            self.words.append(data)
-
-    @property
-    def text(self):
-        """The text of the page, blanks run together."""
-        return " ".join(" ".join(self.words).split())
 
 
 def mixed(lm, knn, ric, together):
@@ -163,8 +126,8 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def page(source):
-    return Page(source)
+def page(source, page_of):
+    return page_of(source)
 
 
 def test_every_perplexity_is_in_the_table(page):
@@ -283,11 +246,11 @@ def test_blanks_of_a_token_are_visible():
     assert "<mark>(empty)</mark>" in render_html(changed(["attribution", 0, "token"], ""))
 
 
-def test_a_long_context_keeps_its_end():
+def test_a_long_context_keeps_its_end(page_of):
     """Of a long context the part next to the token is shown."""
     source = render_html(changed(["attribution", 0, "context"], "start" + "x" * 5000 + "end"))
     assert "xend<mark>" in source
-    assert "start" not in Page(source).text.split("position 1,234")[1][:1000]
+    assert "start" not in page_of(source).text.split("position 1,234")[1][:1000]
 
 
 def test_mathematics_in_a_name_is_not_typeset():
@@ -304,12 +267,12 @@ def test_what_the_removal_takes_is_marked_where_it_is_used(page):
     assert "title a/x.py removed later" in page.text
 
 
-def test_hostile_text_stays_text():
+def test_hostile_text_stays_text(page_of):
     """Markup, quotes, mathematics and controls in every string of the report make no element and stay readable."""
     hostile = every_string(build_report(), lambda text: text + HOSTILE)
     hostile["training"]["documents_by_license"] = {HOSTILE: 3}
     source = render_html(hostile)
-    plain = Page(source)
+    plain = page_of(source)
     assert {name for name, _ in plain.elements}.isdisjoint({"script", "img", "iframe", "object", "embed", "form", "a"})
     assert "<script>alert(1)</script>" in plain.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", source)
@@ -375,9 +338,9 @@ def test_a_whole_report_says_that_all_holds(source):
         ),
     ],
 )
-def test_a_claim_that_fails_is_said_to_fail(path, value, said):
+def test_a_claim_that_fails_is_said_to_fail(path, value, said, page_of):
     """A hash, a flag, a licence or a share that contradicts a claim of the page turns it, also if the flags are set."""
-    text = Page(render_html(changed(path, value))).text
+    text = page_of(render_html(changed(path, value))).text
     assert said in text
     if path[0] == "removal":
         assert "✗ not removed exactly" in text
@@ -399,11 +362,11 @@ def test_methods_that_were_not_used_leave_no_trace():
     assert "RIC" not in source.split("the documents behind them")[0]
 
 
-def test_a_perplexity_without_bound_is_drawn_and_told():
+def test_a_perplexity_without_bound_is_drawn_and_told(page_of):
     """An infinite or missing perplexity is shown as such and breaks neither table nor chart."""
     report = build_report()
     report["perplexity"]["restricted"] |= {"lm": float("inf"), "lm+ric": None}
-    text = Page(render_html(report)).text
+    text = page_of(render_html(report)).text
     assert "∞" in text
     assert "—" in text
 

@@ -1,7 +1,6 @@
 """The page of a suite's result: every number is on it, nothing is loaded or run, and marks stand where they should."""
 
 import math
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,35 +13,7 @@ from eval.suite_report import compare, markdown, result, spread
 from eval.suite_run import Cell
 
 MIXTURES = ("lm", "lm+knn", "lm+ngram", "all")
-VOID = {"meta", "br", "link", "img", "input"}
 HOSTILE = "</style>\"'><script>alert(1)</script><img src=http://x.example/y>"
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and its text; its tags must match."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.elements, self.words, self.open = [], [], []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, name, attributes):
-        """Note an element, and that it is to be closed."""
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        """Refuse a tag that closes another element than the last."""
-        assert self.open.pop() == name
-
-    def handle_data(self, data):
-        """Note text, except style."""
-        if self.open[-1:] != ["style"]:
-            self.words.append(data)
 
 
 def cell(model, domain, level, *, documents=12, stored=True):
@@ -98,10 +69,10 @@ def found(tmp_path, *, shift=0.0, documents=12, reference="everything", prefix="
     return result(load_suite(tmp_path / "suite.yaml"), cells)
 
 
-def test_every_number_is_on_the_page(tmp_path):
+def test_every_number_is_on_the_page(tmp_path, page_of):
     """Each number of each row and gap, and all that identifies models, stores, texts, weights and the run."""
     value = found(tmp_path)
-    text = Page(render_suite_page(value)).text
+    text = page_of(render_suite_page(value)).text
     for row in value["rows"]:
         shown = [f"{each:,.2f}" for each in row["perplexity"]] + [f"{each:,.4f}" for each in row["bits_per_byte"]]
         shown += [f"{row['documents']:,}", f"{row['tokens']:,}", row["model"], row["domain"]]
@@ -169,11 +140,11 @@ def test_headline_is_worked_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["suite", "comparison"])
-def test_the_page_needs_nothing_but_itself(tmp_path, kind):
+def test_the_page_needs_nothing_but_itself(tmp_path, kind, page_of):
     """No element loads or runs anything, whatever names say; title, language and viewport are there."""
     value = found(tmp_path, prefix=HOSTILE)
     source = render_suite_page(value) if kind == "suite" else render_comparison_page(compare(value, value))
-    page = Page(source)
+    page = page_of(source)
     names = {name for name, _ in page.elements}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "video", "audio", "use", "image"}
     for name, attributes in page.elements:
@@ -190,11 +161,11 @@ def test_the_page_needs_nothing_but_itself(tmp_path, kind):
     assert "alert(1)" in page.text
 
 
-def test_marks_differ_in_shape_and_stand_in_their_intervals(tmp_path):
+def test_marks_differ_in_shape_and_stand_in_their_intervals(tmp_path, page_of):
     """Each domain has a mark a row, whose outline says the mixture, on a log scale and between its whisker's ends."""
     assert len(set(MARKS.values())) == len(MARKS)
     value = found(tmp_path)
-    page = Page(render_suite_page(value))
+    page = page_of(render_suite_page(value))
     marks = [each for name, each in page.elements if name == "path" and each["class"].startswith("mark")]
     whiskers = [each["d"] for name, each in page.elements if name == "path" and each["class"] == "whisker"]
     drawn = sum(name == "svg" for name, _ in page.elements)
@@ -222,29 +193,29 @@ def test_ticks_are_round_and_few():
         assert all(low <= tick <= high for tick in ticks)
 
 
-def test_what_is_unknown_is_shown_as_unknown(tmp_path):
+def test_what_is_unknown_is_shown_as_unknown(tmp_path, page_of):
     """Without intervals, reference or store there is a page, with dashes, and no section that says nothing."""
     value = found(tmp_path, documents=1, reference=None)
     value["rows"] = [row | {"leakage": None} for row in value["rows"] if row["mixture"] == "lm"]
-    page = Page(render_suite_page(value))
+    page = page_of(render_suite_page(value))
     assert "—" in page.text
     for title in ("Gap closed", "word for word", "fitted on validation"):
         assert title not in page.text.partition("How to read this")[0]
     assert not any(each.get("class") == "whisker" for _, each in page.elements)
     missing = Dot("none", None, None, None, "lm")
-    assert Page(draw_dots("t", [missing], Scale.over([missing], log=True), digits=1)).text.endswith("none —")
+    assert page_of(draw_dots("t", [missing], Scale.over([missing], log=True), digits=1)).text.endswith("none —")
 
 
-def test_a_gap_that_cannot_be_said_says_why(tmp_path):
+def test_a_gap_that_cannot_be_said_says_why(tmp_path, page_of):
     """A reference that is no better than the model alone leaves the reason in the table."""
-    page = Page(render_suite_page(found(tmp_path, shift=-2.0)))
+    page = page_of(render_suite_page(found(tmp_path, shift=-2.0)))
     assert "the reference is not better than the model alone" in page.text
 
 
-def test_a_comparison_has_its_numbers(tmp_path):
+def test_a_comparison_has_its_numbers(tmp_path, page_of):
     """Ratios, differences and both runs are on the comparison's page."""
     value = compare(found(tmp_path), found(tmp_path, shift=0.25))
-    text = Page(render_comparison_page(value)).text
+    text = page_of(render_comparison_page(value)).text
     assert len(value["rows"]) == 15
     for row in value["rows"]:
         assert spread(row["perplexity_ratio"], 4) in text
