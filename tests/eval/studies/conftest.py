@@ -38,13 +38,18 @@ def subject(place: Path) -> Subject:
 
 
 @pytest.fixture
-def run(place: Path, tmp_path: Path):
-    """A function that runs a study on that subject, with its options, and gives the result and the record's path."""
+def run(place: Path, tmp_path: Path, monkeypatch):
+    """A function that runs a study on that subject, with its options, and gives the result and the record's path.
+
+    The words stand in `sys.argv` too, as in a process of its own: the record names its command by them.
+    """
 
     def invoke(name: str, *options: object) -> tuple[Result, Path]:
         out = tmp_path / f"{name}.json"
         chosen = ["--model", place / "model", "--store", place / "store", "--data", place / "test.jsonl"]
         chosen += ["--fit", place / "val.jsonl", "--max-tokens", 900, "--out", out, *options]
-        return CliRunner().invoke(main, ["eval", "study", name, *map(str, chosen)]), out
+        words = ["eval", "study", name, *map(str, chosen)]
+        monkeypatch.setattr("sys.argv", ["silo", *words])
+        return CliRunner().invoke(main, words), out
 
     return invoke
