@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 
 from silo.errors import UsageError
+from silo.retrieval import Metric
 
 _SCALAR = {"sq8": faiss.ScalarQuantizer.QT_8bit, "fp16": faiss.ScalarQuantizer.QT_fp16}
 _PRODUCT = re.compile(r"pq([1-9]\d*)")
@@ -81,19 +82,18 @@ class Codes:
         faiss.copy_array_to_vector(self.fitted, quantizer.trained if scalar else quantizer.centroids)
         return quantizer
 
-    def index(self, coarse: faiss.IndexFlatL2, lists: int) -> Any:
+    def index(self, coarse: faiss.IndexFlat, lists: int, metric: Metric = "l2") -> Any:
         """A FAISS index of so many inverted lists of such codes, which has none yet.
 
         FAISS keeps a pointer to ``coarse``, not a reference.
         """
         quantizer: Any = self.quantizer()
+        kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
         if isinstance(quantizer, faiss.ScalarQuantizer):
-            index: Any = faiss.IndexIVFScalarQuantizer(
-                coarse, self.dimension, lists, quantizer.qtype, faiss.METRIC_L2, False
-            )
+            index: Any = faiss.IndexIVFScalarQuantizer(coarse, self.dimension, lists, quantizer.qtype, kind, False)
             index.sq = quantizer
         else:
-            index = faiss.IndexIVFPQ(coarse, self.dimension, lists, quantizer.M, _BITS)
+            index = faiss.IndexIVFPQ(coarse, self.dimension, lists, quantizer.M, _BITS, kind)
             index.pq, index.by_residual = quantizer, False
         index.is_trained = True
         return index

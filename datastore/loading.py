@@ -15,8 +15,8 @@ from silo.mixture import Mixture
 from silo.weights import METHODS, Weighing, Weights, read_weighing
 
 if TYPE_CHECKING:
-    from silo.adaptive import Spare
     from silo.in_context import InContext
+    from silo.nearest import Nearest
 
 OWN_GATE = "gate"
 """In place of a file of weights: the gate that the store keeps."""
@@ -32,7 +32,7 @@ def load(
     deny: Named = None,
     purpose: str | None = None,
     in_context: InContext | None = None,
-    spare: Spare | None = None,
+    nearest: Nearest | None = None,
 ) -> MixtureForCausalLM:
     """Load a model beside what some documents of a store answer, as a causal language model of transformers.
 
@@ -47,7 +47,7 @@ def load(
         deny: documents that may not, in the same way.
         purpose: ``"commercial"`` or ``"research"``: only documents whose licence permits it.
         in_context: how blocks are looked up and read.
-        spare: which searches for neighbours are spared, if any (:class:`silo.adaptive.Spare`).
+        nearest: how neighbours are looked up, and which searches are spared (:class:`silo.nearest.Nearest`).
 
     Raises:
         UsageError: what is asked for does not fit together.
@@ -59,7 +59,7 @@ def load(
     lm = model if isinstance(model, LanguageModel) else LanguageModel.load(Path(model))
     if opened is None or list(weighing.methods) == ["lm"]:
         return MixtureForCausalLM(Mixture(lm), weighing)
-    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, spare=spare, **policy.selections(opened))
+    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, nearest=nearest, **policy.selections(opened))
     return MixtureForCausalLM(mixture, weighing)
 
 

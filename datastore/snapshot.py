@@ -22,7 +22,7 @@ from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
-from datastore.knn import PROBES, NeighbourIndex
+from datastore.knn import NeighbourIndex
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.ngrams import NgramIndex
 from datastore.selection import Selection
@@ -32,12 +32,13 @@ from datastore.view import View
 from silo.documents import Document
 from silo.errors import DataError, StoreError, UsageError
 from silo.files import read_checked
+from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
-    from silo.adaptive import Spare
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
+    from silo.nearest import Nearest
 
 CHECKED_BYTES = 1 << 28
 """Search structures up to this size are read and checked when they are opened. Larger ones are mapped unread, so that a
@@ -113,10 +114,11 @@ class Snapshot:
         entries = [self.manifest.shards[name] for name in group.shards]
         return DocumentRows([(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries])
 
-    def neighbours(self, *, probes: int = PROBES) -> NeighbourIndex:
-        """The kNN index over all live shards, mapped from disk, of which ``probes`` inverted lists are read a query."""
+    def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
+        """The kNN index over all live shards, mapped from disk; ``probes`` and ``metric`` are as in
+        :class:`silo.nearest.Nearest`."""
         with self._as_opened():
-            return self.select().neighbours(probes=probes)
+            return self.select().neighbours(probes=probes, metric=metric)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index over all live shards, with ``k1`` and ``b`` as :class:`datastore.bm25.BM25Searcher` says;
@@ -163,7 +165,7 @@ class Snapshot:
         allow: Selection | None = None,
         deny: Selection | None = None,
         in_context: InContext | None = None,
-        spare: Spare | None = None,
+        nearest: Nearest | None = None,
     ) -> Mixture:
         """The model beside what some documents answer; ``use`` and what comes after are as in :class:`View`.
 
@@ -172,7 +174,7 @@ class Snapshot:
         """
         self.require_model(model)
         with self._as_opened():
-            return self.select(allow=allow, deny=deny).mixture(model, use, in_context, spare)
+            return self.select(allow=allow, deny=deny).mixture(model, use, in_context, nearest)
 
     def _chooser(self, selection: Selection | None, *, otherwise: bool) -> Callable[[str], np.ndarray]:
         """A function from a shard's name to which of its documents are selected, (documents,) bool.

@@ -11,18 +11,19 @@ import numpy as np
 from datastore.blocks import BlockIndex, selected_blocks
 from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
-from datastore.knn import PROBES, NeighbourIndex
+from datastore.knn import NeighbourIndex
 from datastore.ngrams import NgramIndex
 from datastore.suffixes import Suffixes
+from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from datastore.control import ControlPlane
-    from silo.adaptive import Spare
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
+    from silo.nearest import Nearest
 
 
 class View:
@@ -61,9 +62,10 @@ class View:
         pairs = zip(self._groups, self._selected, strict=True)
         return sum(len(keys.ids) if mask is None else int(mask.sum()) for (_, keys), mask in pairs)
 
-    def neighbours(self, *, probes: int = PROBES) -> NeighbourIndex:
-        """The kNN index, mapped from disk, of which ``probes`` inverted lists are read a query."""
-        return NeighbourIndex([keys for _, keys in self._groups], self._control, self._selected, probes=probes)
+    def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
+        """The kNN index, mapped from disk; ``probes`` and ``metric`` are as in :class:`silo.nearest.Nearest`."""
+        groups = [keys for _, keys in self._groups]
+        return NeighbourIndex(groups, self._control, self._selected, probes=probes, metric=metric)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
@@ -82,7 +84,7 @@ class View:
         model: LanguageModel,
         use: Sequence[str],
         in_context: InContext | None = None,
-        spare: Spare | None = None,
+        nearest: Nearest | None = None,
     ) -> Mixture:
         """A model beside what these documents answer.
 
@@ -90,15 +92,17 @@ class View:
             model: the one whose keys the store holds.
             use: ``lm``, and of ``knn``, ``ric`` and ``ngram`` what is wanted; a JVM starts for ``ric`` only.
             in_context: how blocks are looked up and read.
-            spare: which searches for neighbours are spared, if any.
+            nearest: how neighbours are looked up.
         """
         from silo.mixture import Mixture
+        from silo.nearest import Nearest
 
+        way = nearest or Nearest()
         return Mixture(
             model,
-            neighbours=self.neighbours() if "knn" in use else None,
+            neighbours=self.neighbours(probes=way.probes, metric=way.metric) if "knn" in use else None,
             blocks=self.blocks() if "ric" in use else None,
             ngrams=self.ngrams() if "ngram" in use else None,
             in_context=in_context,
-            spare=spare,
+            nearest=way,
         )

@@ -128,7 +128,7 @@ def score(mixture: Mixture, texts: Sequence[Text], *, progress: Progress | None 
         for name, value in parts.evidence().items():
             evidence.setdefault(name, []).append(value)
         if parts.knn is not None:
-            distances.append(torch.from_numpy(parts.knn.neighbours.squared_l2))
+            distances.append(torch.from_numpy(parts.knn.neighbours.distances))
             hits.append(torch.from_numpy(parts.knn.neighbours.values) == tokens.unsqueeze(1))
         if progress and parts.end == len(texts[number].tokens):
             progress(number + 1, len(texts))

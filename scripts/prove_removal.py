@@ -121,7 +121,7 @@ class Proof:
         keys = np.concatenate([self.lm.keys(self.lm.tokenize(text.document))[::4] for text in self.texts])
         found = neighbours.search(keys, 64)
         named = [[neighbours.document(each).id if each >= 0 else "" for each in row] for row in found.documents]
-        arrays = [each.tobytes().hex() for each in (found.squared_l2, found.values, found.positions)]
+        arrays = [each.tobytes().hex() for each in (found.distances, found.values, found.positions)]
         blocks = [
             [each.document.id, each.start, each.tokens.tolist(), each.score.hex()]
             for hits in store.blocks().search(self.queries, 4)

@@ -148,7 +148,8 @@ def spared(found: dict[str, Any]) -> str:
     )
     return f"""
 Searches spared where the model is sure of the next token (p is its highest probability), or where one token always \
-follows so long a suffix; the model, neighbours and the ∞-gram, with weights fitted with the same searches spared:
+follows so long a suffix, or for some steps after a search whose neighbours, 16 unless it says so, can be followed \
+(RetoMaton); the model, neighbours and the ∞-gram, with weights fitted with the same searches spared:
 
 | spared | searched | tokens/s | of the time with none spared, by the clock | by processor time | perplexity |
 |:---|---:|---:|---:|---:|---:|

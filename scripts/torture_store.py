@@ -114,7 +114,7 @@ class Patient:
     def answers(self, store: Store) -> str:
         """One hash over what a store answers."""
         found = store.neighbours().search(self.asked, 16)
-        arrays = [each.tobytes().hex() for each in (found.squared_l2, found.values, found.positions)]
+        arrays = [each.tobytes().hex() for each in (found.distances, found.values, found.positions)]
         hits = store.blocks().search(self.queries, 1)
         blocks = [[each.document.id, each.start, each.score] for each in itertools.chain.from_iterable(hits)]
         return sha256(canonical_json([*state_of(store), arrays, blocks]))

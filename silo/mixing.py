@@ -12,17 +12,17 @@ from collections.abc import Mapping, Sequence
 import torch
 
 
-def neighbour_weights(squared_l2: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+def neighbour_weights(distances: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """Weight of each neighbour, softmax(-d² / τ) over the neighbours of one query (kNN-LM, equation 2).
 
     Args:
-        squared_l2: (n, k) squared distances, infinite where there is no neighbour.
+        distances: (n, k) squared distances, infinite where there is no neighbour.
         temperature: τ, in units of squared distance; one for all queries, or (n, 1).
 
     Returns:
         (n, k) float64 that sums to 1 a row; a row without any neighbour is all zero.
     """
-    score = -squared_l2.double() / temperature
+    score = -distances.double() / temperature
     return torch.softmax(score, dim=-1).nan_to_num(0.0)
 
 

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from silo.adaptive import Scattered, Spare
 from silo.in_context import BlockReading, InContext, read_in_context
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
+from silo.nearest import Nearest
 from silo.readings import Evidence, ModelReading, NeighbourReading, NgramReading, Temperature
 from silo.retrieval import BlockSource, NeighbourSource, NgramMatches, NgramSource, SourceDocument
 from silo.weights import Weighing
 
-NEIGHBOURS = 256
-"""k of kNN-LM."""
 MATCHED_TOKENS = 1 << 16
 """Documents of so many tokens together are matched in one pass of the ∞-gram."""
 
@@ -114,15 +112,15 @@ class Mixture:
         blocks: BlockSource | None = None,
         ngrams: NgramSource | None = None,
         in_context: InContext | None = None,
-        spare: Spare | None = None,
+        nearest: Nearest | None = None,
     ) -> None:
-        """``spare`` says which searches for neighbours are spared, if any."""
+        """``in_context`` says how blocks are looked up and read, ``nearest`` how neighbours are."""
         self.model = model
         self.neighbours = neighbours
         self.blocks = blocks
         self.ngrams = ngrams
         self.in_context = in_context or InContext()
-        self.spare = spare
+        self.nearest = nearest or Nearest()
 
     @property
     def methods(self) -> list[str]:
@@ -164,17 +162,21 @@ class Mixture:
             if matches is not None and self.ngrams is not None:
                 own = torch.from_numpy(tokens[begin:end].astype(np.int64))
                 ngram = NgramReading(matches, self.ngrams, np.arange(first + begin, first + end), own)
-            yield Parts(begin, end, lm, self.nearest(keys, lm, ngram), ric, ngram)
+            knn = self.read_neighbours(keys, tokens[begin:end], lm, ngram)
+            yield Parts(begin, end, lm, knn, ric, ngram)
             begin = end
 
-    def nearest(self, keys: np.ndarray, lm: ModelReading, ngram: NgramReading | None) -> NeighbourReading | None:
-        """The neighbours of (n, d) keys, where their search is not spared; None if neighbours are not used."""
-        if self.neighbours is None:
+    def read_neighbours(
+        self, keys: np.ndarray, tokens: np.ndarray, lm: ModelReading, ngram: NgramReading | None
+    ) -> NeighbourReading | None:
+        """The neighbours of (n, d) keys, where ``tokens`` (n,) stand, of which the last is not looked at; None if
+        neighbours are not used."""
+        source, k, spare = self.neighbours, self.nearest.k, self.nearest.spare
+        if source is None:
             return None
-        if self.spare is None:
-            return NeighbourReading(self.neighbours.search(keys, NEIGHBOURS), self.neighbours)
-        where = self.spare.searched(lm, ngram)
-        return NeighbourReading(Scattered(self.neighbours.search(keys[where], NEIGHBOURS), where), self.neighbours)
+        if spare is None:
+            return NeighbourReading(source.search(keys, k), source)
+        return NeighbourReading(spare.neighbours(source, keys, tokens, k, lm, ngram), source)
 
     def attribute(self, parts: Parts, index: int, token: int, weighing: Weighing) -> list[Share]:
         """Split p(token) at one position exactly into the model's share and one a document and method, largest first.

@@ -96,11 +96,11 @@ class NeighbourReading:
     @property
     def found(self) -> torch.Tensor:
         """(n,) bool: where there is any neighbour."""
-        return torch.from_numpy(np.isfinite(self.neighbours.squared_l2[:, 0]))
+        return torch.from_numpy(np.isfinite(self.neighbours.distances[:, 0]))
 
     def weights(self, temperature: Temperature) -> torch.Tensor:
         """(n, k) float64, summing to 1 a row where there is any neighbour."""
-        return neighbour_weights(torch.from_numpy(self.neighbours.squared_l2), temperature)
+        return neighbour_weights(torch.from_numpy(self.neighbours.distances), temperature)
 
     def probability(self, tokens: torch.Tensor, temperature: Temperature) -> torch.Tensor:
         """p of one token a position: (n,) int64 gives (n,) float64."""
@@ -113,7 +113,7 @@ class NeighbourReading:
     def shares(self, index: int, token: int, temperature: float) -> Shares:
         """What each document's neighbours give to one token at one position."""
         one = slice(index, index + 1)
-        weights = neighbour_weights(torch.from_numpy(self.neighbours.squared_l2[one]), temperature)[0].tolist()
+        weights = neighbour_weights(torch.from_numpy(self.neighbours.distances[one]), temperature)[0].tolist()
         shares: dict[int, float] = defaultdict(float)
         rows = zip(weights, self.neighbours.values[index], self.neighbours.documents[index], strict=True)
         for weight, value, document in rows:
@@ -125,7 +125,7 @@ class NeighbourReading:
         """How near the first and the last neighbour are, whether the others agree with the first, and whether the
         model does."""
         found, values = self.found, torch.from_numpy(self.neighbours.values)
-        distances = torch.from_numpy(self.neighbours.squared_l2).double()
+        distances = torch.from_numpy(self.neighbours.distances).double()
         last = torch.where(torch.isfinite(distances), distances, 0.0).amax(dim=1)
         same = values == values[:, :1]
         finite = torch.isfinite(distances)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+PROBES = 4
+"""Inverted lists read a query. Four of 1,024 took a third of the time of sixteen, over 4.2 million keys, and the
+mixture with the ∞-gram was worse by 0.4 %."""
+
+Metric = Literal["l2", "inner_product"]
+"""What is near to a query q: keys k whose squared Euclidean distance ‖q‖² − 2⟨q, k⟩ + ‖k‖² is small, or whose inner
+product is large. Of the latter the distance is the same with a constant in place of ‖k‖², so that both have one unit;
+softmax(−d / τ) does not see the constant. It may be below zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +33,8 @@ class Neighbours(Protocol):
     """The k nearest keys of n queries, nearest first; where fewer were found, the rest has infinite distance."""
 
     @property
-    def squared_l2(self) -> np.ndarray:
-        """(n, k) float32."""
+    def distances(self) -> np.ndarray:
+        """(n, k) float32, squared (see :data:`Metric`)."""
         ...
 
     @property
@@ -61,6 +70,17 @@ class NeighbourSource(Protocol):
 
     def search(self, keys: np.ndarray, k: int) -> Neighbours:
         """The ``k`` nearest of (n, d) float32 queries."""
+        ...
+
+    def follow(
+        self, keys: np.ndarray, tokens: np.ndarray, k: int, *, steps: int, pointers: int, wanted: np.ndarray
+    ) -> Neighbours:
+        """The same for successive positions of one text, where a search is followed by ``steps`` queries that take the
+        keys that come next to the last neighbours, unless there are fewer than ``pointers`` of them.
+
+        ``tokens`` (n,) are what the text has at these positions, of which the last is not looked at; queries that are
+        not ``wanted``, (n,) bool, have no neighbours.
+        """
         ...
 
     def document(self, index: int) -> SourceDocument:

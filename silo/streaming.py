@@ -176,7 +176,9 @@ class Reader:
             begin = row.position(first + at)
             end = begin + len(keys[part])
             lm, ric, ngram = ModelReading.of(logits[part]), self._blocks(row, begin, end), self._ngrams(row, begin, end)
-            yield Parts(begin, end, lm, self.mixture.nearest(keys[part], lm, ngram), ric, ngram)
+            tokens = np.append(row.tokens[begin : end - 1], 0)  # the last is predicted
+            knn = self.mixture.read_neighbours(keys[part], tokens, lm, ngram)
+            yield Parts(begin, end, lm, knn, ric, ngram)
 
     def _ngrams(self, row: Row, begin: int, end: int) -> NgramReading | None:
         """Match the contexts of some positions, which come after those that were matched before."""

@@ -58,7 +58,7 @@ def read(model: LanguageModel, index: NeighbourIndex, texts: Sequence[Text], k: 
             own = torch.from_numpy(text.tokens[begin : begin + len(logits)].astype(np.int64))
             found = index.search(keys, k)
             lm.append(ModelReading.of(logits).probability(own))
-            distances.append(torch.from_numpy(found.squared_l2))
+            distances.append(torch.from_numpy(found.distances))
             hits.append(torch.from_numpy(found.values) == own.unsqueeze(1))
             begin += len(logits)
     return Reading(torch.cat(lm), torch.cat(distances), torch.cat(hits))

@@ -33,16 +33,16 @@ from bench.harness import compete, say, subject
 from bench.mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
 from bench.mixing_store import make_store, read_corpus
 from bench.ngram import dealt
-from datastore.knn import PROBES
 from datastore.shard import Encoded
 from datastore.store import Store
 from eval.perplexity import PASSAGE_TOKENS, Scores, Text, data_hash, fit, perplexities, sample, score
-from silo.adaptive import Spare
 from silo.in_context import InContext, find_blocks
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
-from silo.mixture import NEIGHBOURS, Mixture
+from silo.mixture import Mixture
+from silo.nearest import Nearest, Spare
 from silo.readings import NeighbourReading
+from silo.retrieval import PROBES
 from silo.weights import METHODS
 from training.flops import flops_per_token
 
@@ -57,8 +57,14 @@ SPARED = {
     "suffix ≥ 4": Spare(suffix=4),
     "p ≥ 0.5 or suffix ≥ 4": Spare(sure=0.5, suffix=4),
     "p ≥ 0.3 or suffix ≥ 2": Spare(sure=0.3, suffix=2),
+    "1 step": Spare(steps=1),
+    "3 steps": Spare(steps=3),
+    "7 steps": Spare(steps=7),
+    "7 steps, 2 pointers": Spare(steps=7, pointers=2),
+    "3 steps, p ≥ 0.5 or suffix ≥ 4": Spare(sure=0.5, suffix=4, steps=3),
 }
-"""Searches that are spared: where the model is that sure, or one token always follows so long a suffix."""
+"""Searches that are spared: where the model is that sure, or one token always follows so long a suffix; and where the
+neighbours of the last search are followed for some steps (RetoMaton)."""
 OWNERS = (1, 200)
 
 
@@ -190,18 +196,28 @@ def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_k
             mixture = Mixture(lm, neighbours=index, ngrams=store.ngrams())
             found[f"{probes} probes, k = {k}"] = perplexity_of(nearest(score(mixture, texts), k), mixture.methods)
     tokens = sum(map(len, keys))
-    timed = in_turns(calls, dict.fromkeys(calls, tokens), f"{PROBES} probes, k = {NEIGHBOURS}", rounds)
+    timed = in_turns(calls, dict.fromkeys(calls, tokens), f"{PROBES} probes, k = {Nearest().k}", rounds)
     return {"perplexity": found, **timed}
 
 
 def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_keys: bool) -> dict[str, Any]:
     """The model, neighbours and the ∞-gram, with fewer and fewer searches; weights are fitted with those alone."""
-    named = {name: store.mixture(lm, ("lm", "knn", "ngram"), spare=rule) for name, rule in SPARED.items()}
-    scores: dict[str, Scores] = {}
-    calls = {name: lambda name=name, of=of: scores.update({name: score(of, texts)}) for name, of in named.items()}
+    index = store.neighbours()
+    named = {
+        name: Mixture(lm, neighbours=index, ngrams=store.ngrams(), nearest=Nearest(spare=rule))
+        for name, rule in SPARED.items()
+    }
     tokens = sum(len(each.tokens) for each in texts)
+    scores: dict[str, Scores] = {}
+    searched: dict[str, float] = {}
+
+    def run(name: str, mixture: Mixture) -> None:
+        before = index.searches
+        scores[name] = score(mixture, texts)
+        searched[name] = (index.searches - before) / tokens
+
+    calls = {name: lambda name=name, of=of: run(name, of) for name, of in named.items()}
     timed = in_turns(calls, dict.fromkeys(calls, tokens), "none", rounds)
-    searched = {name: float(of.evidence["knn_found"].mean()) for name, of in scores.items()}
     told = {name: perplexity_of(of, named[name].methods) for name, of in scores.items()} if own_keys else {}
     return {"searched": searched, "perplexity": told, **timed}
 
@@ -258,6 +274,6 @@ def beside_peers(
     return {
         "probes": PROBES,
         "k": K,
-        "equal_distances": float((theirs == own.search(first[0], K).squared_l2).mean()),
+        "equal_distances": float((theirs == own.search(first[0], K).distances).mean()),
         **in_turns(calls, counts, "ours", rounds),
     }

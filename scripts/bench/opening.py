@@ -28,12 +28,12 @@ from bench.ceiling import Ceiling, Work
 from bench.growth import OWNED_TOKENS, OWNERS, make_stores
 from bench.harness import alike, compete, moved, say, subject
 from bench.mixing_peers import merged_index
-from datastore.knn import PROBES
 from datastore.store import Store
 from silo.documents import Document
 from silo.files import sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
+from silo.retrieval import PROBES
 from silo.sources import open_source
 
 NEIGHBOURS = 16
@@ -82,7 +82,7 @@ def beside_faiss(stores: dict[int, Store], file: Path, key: np.ndarray, roof: Ce
     """Opening and one query: each store, and FAISS both ways."""
 
     def ours(path: Path) -> Callable[[], np.ndarray]:
-        return lambda: Store.open(path).neighbours().search(key, NEIGHBOURS).squared_l2
+        return lambda: Store.open(path).neighbours().search(key, NEIGHBOURS).distances
 
     def theirs(flags: int) -> Callable[[], np.ndarray]:
         def call() -> np.ndarray:

@@ -34,13 +34,13 @@ from bench import ceiling
 from bench.ceiling import Work
 from bench.harness import Contest, alike, compete, say, subject
 from datastore.control import ControlPlane
-from datastore.knn import PROBES
 from datastore.shard import Encoded
 from datastore.store import Selection, Store
 from silo.documents import Document
 from silo.files import sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
+from silo.retrieval import PROBES
 from silo.sources import open_source
 from training.flops import flops_per_token
 
@@ -221,7 +221,7 @@ def as_near(given: dict[str, Any]) -> str:
     """A judge who wants the distances that FAISS found, its first."""
     theirs, rows = given["merged"]
     wanted = {"merged": np.where(rows < 0, np.inf, theirs)}
-    return alike(1e-6)(wanted | {n: found.squared_l2 for n, found in given.items() if n != "merged"})
+    return alike(1e-6)(wanted | {n: found.distances for n, found in given.items() if n != "merged"})
 
 
 def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:

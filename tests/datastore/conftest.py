@@ -55,7 +55,7 @@ def answers(model, documents):
         return {
             "hash": store.hash,
             "rows": {name: [row.id for row in rows] for name, rows in store.rows().items()},
-            "neighbours": [array.tolist() for array in (found.squared_l2, found.values, found.positions)],
+            "neighbours": [array.tolist() for array in (found.distances, found.values, found.positions)],
             "cited": [[neighbours.document(at).id if at >= 0 else None for at in row] for row in found.documents],
             "blocks": [
                 [(block.document.id, block.start, block.tokens.tolist(), block.score) for block in hits]

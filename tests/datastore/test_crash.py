@@ -422,11 +422,11 @@ def test_reader_keeps_its_snapshot(make_store, model, short, answers):
     reader = Store.open(store.path)
     neighbours, blocks = reader.neighbours(), reader.blocks()
     keys, words = model.keys(model.tokenize(short[0])), model.tokenizer.decode(model.tokenize(short[0]))
-    asked = [array.tobytes() for array in (neighbours.search(keys, 9).values, neighbours.search(keys, 9).squared_l2)]
+    asked = [array.tobytes() for array in (neighbours.search(keys, 9).values, neighbours.search(keys, 9).distances)]
     ((block,),) = blocks.search([words], 1)
     store.remove(Selection(owners=("Ada",)))
     found = neighbours.search(keys, 9)
-    assert [found.values.tobytes(), found.squared_l2.tobytes()] == asked
+    assert [found.values.tobytes(), found.distances.tobytes()] == asked
     ((again,),) = blocks.search([words], 1)
     assert (again.document.id, again.score) == (block.document.id, block.score) == ("Ada/0", block.score)
 

@@ -107,13 +107,13 @@ def described(index, found):
             for distance, value, document, position in zip(*columns, strict=True)
             if document >= 0
         ]
-        for columns in zip(found.squared_l2, found.values, found.documents, found.positions, strict=True)
+        for columns in zip(found.distances, found.values, found.documents, found.positions, strict=True)
     ]
 
 
 def same_answers(a, b):
     """Whether two answers are equal in every bit, but for the numbers by which an index calls its documents."""
-    fields = ("squared_l2", "values", "positions")
+    fields = ("distances", "values", "positions")
     return all(getattr(a, name).tobytes() == getattr(b, name).tobytes() for name in fields)
 
 
@@ -208,7 +208,7 @@ def test_value_is_the_token_that_followed(make_store, model, documents):
     index = store.neighbours()
     found = index.search(store.control.quantizer().decode(store.shard("Ada").documents()[0].codes), 1)
     assert {index.document(at).id for at in found.documents[:, 0]} == {documents[0].id}
-    assert (found.squared_l2 < 1e-6).all()
+    assert (found.distances < 1e-6).all()
     own = found.positions[:, 0] == np.arange(len(tokens))
     assert own.mean() > 0.9
     np.testing.assert_array_equal(found.values[own, 0], tokens[own])
@@ -223,9 +223,9 @@ def test_fewer_keys_than_asked_for(index_of, encoded, plane, present):
     found = index.search(queries_of(encoded, plane), 16)
     assert index.num_keys == present
     assert index
-    assert found.squared_l2.shape == found.values.shape == found.documents.shape == found.positions.shape == (61, 16)
-    assert np.isfinite(found.squared_l2[:, :present]).all()
-    assert np.isinf(found.squared_l2[:, present:]).all()
+    assert found.distances.shape == found.values.shape == found.documents.shape == found.positions.shape == (61, 16)
+    assert np.isfinite(found.distances[:, :present]).all()
+    assert np.isinf(found.distances[:, present:]).all()
     assert (found.documents[:, present:] == -1).all()
     assert not found.values[:, present:].any()
     assert sorted(found.positions[0, :present].tolist()) == list(range(present))
@@ -252,7 +252,7 @@ def test_more_probes_lose_nothing(index_of):
     queries = cloud(rng, 50)
     last = np.full(50, np.inf)
     for probes in (1, 2, 4, 8, 16, 32):
-        found = index_of([documents], plane, probes=probes).search(queries, 10).squared_l2[:, -1]
+        found = index_of([documents], plane, probes=probes).search(queries, 10).distances[:, -1]
         assert (found <= last).all()
         last = found
     expected = [rows[-1][0] for rows in brute_force(documents, plane, queries, 10)]

@@ -50,7 +50,7 @@ def ask(source, model, documents):
     origins = matches.origins(np.arange(5, 60), np.concatenate(texts)[5:60].astype(np.int64))
     return {
         "keys": neighbours.num_keys,
-        "neighbours": [array.tolist() for array in (found.squared_l2, found.values, found.positions)],
+        "neighbours": [array.tolist() for array in (found.distances, found.values, found.positions)],
         "cited": [[neighbours.document(at).id if at >= 0 else None for at in row] for row in found.documents],
         "blocks": [
             [(block.document.id, block.start, block.tokens.tolist(), block.score) for block in hits]

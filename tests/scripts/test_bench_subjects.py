@@ -99,9 +99,9 @@ def test_neighbours_of_either_side_are_judged(bench):
     """Equal distances pass, also where FAISS found fewer than it was asked for; another on either side does not."""
     judge = bench("store").as_near
     merged = np.array([[1.0, 1e38]], np.float32), np.array([[7, -1]])
-    ours = SimpleNamespace(squared_l2=np.array([[1.0, np.inf]], np.float32))
+    ours = SimpleNamespace(distances=np.array([[1.0, np.inf]], np.float32))
     assert judge({"merged": merged, "200": ours}) == ""
-    wrong = SimpleNamespace(squared_l2=np.array([[1.5, np.inf]], np.float32))
+    wrong = SimpleNamespace(distances=np.array([[1.5, np.inf]], np.float32))
     assert "200 gave 1.5 where merged gave 1.0" in judge({"merged": merged, "200": wrong})
     assert "200 gave 1.0 where merged gave 2.0" in judge({"merged": (2 * merged[0], merged[1]), "200": ours})
 

@@ -21,10 +21,10 @@ from silo.mixing import (
 DISTANCES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=8)
 
 
-def slow_weights(squared_l2: list[float], temperature: float) -> list[float]:
+def slow_weights(distances: list[float], temperature: float) -> list[float]:
     """exp(-d²/τ) over its sum, shifted by the nearest as one does on paper."""
-    nearest = min(squared_l2)
-    terms = [math.exp((nearest - distance) / temperature) for distance in squared_l2]
+    nearest = min(distances)
+    terms = [math.exp((nearest - distance) / temperature) for distance in distances]
     return [term / math.fsum(terms) for term in terms]
 
 

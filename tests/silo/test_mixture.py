@@ -12,7 +12,8 @@ import torch
 from datastore.ngrams import NgramIndex
 from datastore.store import Store
 from silo.in_context import read_in_context
-from silo.mixture import NEIGHBOURS, Mixture, Parts
+from silo.mixture import Mixture, Parts
+from silo.nearest import Nearest
 from silo.retrieval import SourceDocument
 from silo.weights import METHODS, Weights
 
@@ -83,7 +84,7 @@ def test_each_position_comes_once_and_in_order(parts, tokens):
     for part in parts:
         rows = part.end - part.begin
         assert {len(part.lm), *(len(each.found) for each in (part.knn, part.ric, part.ngram))} == {rows}
-        assert part.knn.neighbours.values.shape == (rows, NEIGHBOURS)
+        assert part.knn.neighbours.values.shape == (rows, Nearest.k)
         assert {each.shape for each in part.evidence().values()} == {(rows,)}
 
 
@@ -117,13 +118,13 @@ def slow_distributions(
     model = mixture.model
     scored = list(model.score(tokens))
     lm = np.concatenate([scores.double().exp().numpy() for _, scores in scored])
-    found = mixture.neighbours.search(np.concatenate([keys for keys, _ in scored]), NEIGHBOURS)
+    found = mixture.neighbours.search(np.concatenate([keys for keys, _ in scored]), Nearest.k)
     # Read in one piece; tests/silo/test_in_context.py compares that with a loop.
     blocks = read_in_context(model, mixture.blocks, tokens, 0, len(tokens), mixture.in_context)
     of_blocks = blocks.distribution().numpy()
     for position in range(0, len(tokens), 3):
         knn = np.zeros(model.vocab_size)
-        near = found.squared_l2[position].astype(np.float64)
+        near = found.distances[position].astype(np.float64)
         near = near[np.isfinite(near)]
         exponents = np.exp((near.min(initial=np.inf) - near) / weights.temperature)
         for exponent, value in zip(exponents, found.values[position], strict=False):
@@ -192,7 +193,7 @@ def test_a_share_is_that_of_the_documents_own_neighbours(mixture, parts, tokens)
         for share in mixture.attribute(part, index, targets[index].item(), WEIGHTS)
         if share.method == "knn"
     }
-    near = part.knn.neighbours.squared_l2[index].astype(np.float64)
+    near = part.knn.neighbours.distances[index].astype(np.float64)
     weights = np.exp((near.min() - near) / WEIGHTS.temperature)
     weights /= weights.sum()
     for number in set(part.knn.neighbours.documents[index].tolist()) - {-1}:
@@ -225,7 +226,7 @@ def test_a_later_token_changes_nothing_before_it(mixture, parts, tokens, changed
             before_part.ngram.distribution(mixture.model.vocab_size)[:end],
         )
         old, new = before_part.knn.neighbours, after_part.knn.neighbours
-        np.testing.assert_allclose(new.squared_l2[:end], old.squared_l2[:end], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(new.distances[:end], old.distances[:end], rtol=1e-4, atol=1e-4)
         for name, of_before in before_part.evidence().items():
             torch.testing.assert_close(after_part.evidence()[name][:end], of_before[:end], rtol=1e-3, atol=1e-3)
         mixed = [part.distribution(WEIGHTS)[:end] for part in (before_part, after_part)]
@@ -267,7 +268,7 @@ class Nothing:
         shape = (len(queries), k)
         none = np.zeros(shape, dtype=np.int64)
         found = np.full(shape, np.inf, dtype=np.float32)
-        return SimpleNamespace(squared_l2=found, values=none, documents=none - 1, positions=none)
+        return SimpleNamespace(distances=found, values=none, documents=none - 1, positions=none)
 
     def document(self, index: int) -> SourceDocument:
         """Never asked for."""

@@ -7,13 +7,13 @@ from eval.perplexity import TEMPERATURES, score
 from eval.studies import neighbours
 from silo.files import read_sealed
 from silo.mixing import perplexity
-from silo.mixture import NEIGHBOURS
+from silo.nearest import Nearest
 from silo.weights import Weights
 
 
 @pytest.fixture(scope="module")
 def result(subject):
-    return neighbours.study(subject, NEIGHBOURS)
+    return neighbours.study(subject, Nearest.k)
 
 
 def test_the_nearest_of_many_are_the_nearest(subject):
@@ -31,7 +31,7 @@ def test_the_grid_is_the_mixture(result, subject):
     """A point of the grid is the perplexity of the mixture with these k, τ and λ on validation text."""
     scores = score(subject.mixture(), subject.texts(subject.validation))
     grid = result["validation"]
-    assert grid["k"][-1] == NEIGHBOURS
+    assert grid["k"][-1] == Nearest.k
     for temperature, weight in ((0, 3), (5, 12), (11, 0)):
         weights = Weights({"lm": 1 - grid["lambda"][weight], "knn": grid["lambda"][weight]}, TEMPERATURES[temperature])
         expected = perplexity(scores.log_probabilities(weights))
@@ -45,7 +45,7 @@ def test_validation_text_chooses(result, subject):
         assert row["validation"] == grid[number].min()
     for number, row in enumerate(result["by_lambda"]):
         assert row["validation"] == grid[:, :, number].min()
-    test = neighbours.read(subject.model, subject.store.neighbours(), subject.texts(subject.test), NEIGHBOURS)
+    test = neighbours.read(subject.model, subject.store.neighbours(), subject.texts(subject.test), Nearest.k)
     for row in (*result["by_k"], *result["by_lambda"], result["chosen"]):
         mixed = (1 - row["lambda"]) * test.lm + row["lambda"] * test.knn(row["k"], row["temperature"])
         assert row["test"] == pytest.approx(perplexity(mixed.log()), rel=1e-12)
@@ -57,7 +57,7 @@ def test_the_exact_weight_is_that_of_the_fit(result, subject):
     """At the chosen k and τ no weight is better on validation text than the exact one."""
     chosen = result["chosen"]
     index = subject.store.neighbours()
-    validation = neighbours.read(subject.model, index, subject.texts(subject.validation), NEIGHBOURS)
+    validation = neighbours.read(subject.model, index, subject.texts(subject.validation), Nearest.k)
     others = validation.nats(chosen["k"], chosen["temperature"], np.linspace(0, 1, 101).tolist()).exp()
     assert chosen["validation"] <= others.min().item() + 1e-9
 

@@ -68,7 +68,9 @@ def test_the_command_leaves_a_record_and_the_store(run, place):
     record = read_sealed(out, 1)
     assert [row["owner"] for row in record["result"]["owners"]] == ["Grace"]
     assert record["subject"]["store"] == Store.open(place / "store").hash
-    assert record["made"]["command"].startswith("silo eval study opt-out --model model --store store --data test.jsonl ")
+    assert record["made"]["command"].startswith(
+        "silo eval study opt-out --model model --store store --data test.jsonl "
+    )
     figure = out.with_suffix(".svg").read_text()
     assert "store that never held them" in figure
     assert ">Grace<" in figure

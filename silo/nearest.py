@@ -1,0 +1,109 @@
+"""How the nearest neighbours are looked up (kNN-LM), and where their search is spared: adaptive retrieval.
+
+Most of what a search costs is spent on tokens that it does not change: those of which the model is sure, and those that
+the ∞-gram has read word for word (He 2021). Both are known before the search. A position that is spared for that has no
+neighbours, and the mixture gives their weight to the model; so weights should be fitted with the searches spared that
+are spared later.
+
+Elsewhere the last neighbours know the next ones: where the text goes on as a neighbour's document does, that document's
+next key is near, too (RetoMaton, Alon 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from silo.readings import ModelReading, NgramReading
+from silo.retrieval import PROBES, Metric, Neighbours, NeighbourSource
+
+
+@dataclass(frozen=True)
+class Spare:
+    """Which searches are spared."""
+
+    sure: float = math.inf
+    """Those where the model's highest probability is at least this: no neighbours there."""
+    suffix: float = math.inf
+    """Those where the context's last tokens, at least so many, are in the store and one token follows them always: no
+    neighbours there."""
+
+    steps: int = 0
+    """Queries in a row that are answered by following the neighbours of the last search. Where a text is read token by
+    token, each is searched for."""
+    pointers: int = 16
+    """There is a search all the same where fewer neighbours can be followed."""
+
+    def neighbours(
+        self,
+        source: NeighbourSource,
+        keys: np.ndarray,
+        tokens: np.ndarray,
+        k: int,
+        lm: ModelReading,
+        ngram: NgramReading | None,
+    ) -> Neighbours:
+        """The neighbours of (n, d) keys, where ``tokens`` (n,) stand, of which the last is not looked at."""
+        where = self.wanted(lm, ngram)
+        if self.steps:
+            return source.follow(keys, tokens, k, steps=self.steps, pointers=self.pointers, wanted=where)
+        return Scattered(source.search(keys[where], k), where)
+
+    def wanted(self, lm: ModelReading, ngram: NgramReading | None) -> np.ndarray:
+        """(n,) bool: where there are to be neighbours."""
+        spared = lm.top.exp().numpy() >= self.sure
+        if ngram is not None:
+            matches, at = ngram.matches, ngram.contexts
+            spared |= (matches.lengths[at] >= self.suffix) & (matches.single[at] >= 0)
+        return ~spared
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """How neighbours are looked up."""
+
+    k: int = 256
+    """How many."""
+    probes: int = PROBES
+    """Inverted lists that are read a query, of each group of shards."""
+    metric: Metric = "l2"
+    """What is near, as :data:`silo.retrieval.Metric` says."""
+    spare: Spare | None = None
+    """Which searches are spared, if any."""
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """The neighbours of some of n positions, spread out; the others have none. A :class:`silo.retrieval.Neighbours`."""
+
+    found: Neighbours
+    where: np.ndarray
+    """(n,) bool: the positions that have them."""
+
+    @cached_property
+    def distances(self) -> np.ndarray:
+        """(n, k) float32."""
+        return self._spread(self.found.distances, np.inf)
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """(n, k) int64."""
+        return self._spread(self.found.values, 0)
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """(n, k) int64."""
+        return self._spread(self.found.documents, -1)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """(n, k) int64."""
+        return self._spread(self.found.positions, 0)
+
+    def _spread(self, rows: np.ndarray, nothing: float) -> np.ndarray:
+        out = np.full((len(self.where), rows.shape[1]), nothing, dtype=rows.dtype)
+        out[self.where] = rows
+        return out

@@ -1,0 +1,261 @@
+"""Searches that are spared: nothing else changes, and nothing that comes later decides."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import silo
+from datastore.store import Selection, Store
+from silo.mixture import Mixture
+from silo.nearest import Nearest, Spare
+from silo.weights import Weights
+
+WEIGHTS = Weights({"lm": 0.4, "knn": 0.3, "ngram": 0.3}, 4.0)
+RULES = {
+    "where the model is sure": Spare(sure=0.022),
+    "where a suffix is long": Spare(suffix=2),
+    "either": Spare(sure=0.022, suffix=2),
+    "never": Spare(),
+    "always": Spare(sure=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def store(model, model_dir, control, documents, tmp_path_factory) -> Store:
+    made = Store.create(tmp_path_factory.mktemp("adaptive") / "store", model, model_dir / "tokenizer.json", control)
+    made.add(documents, model)
+    return made
+
+
+class Counted:
+    """The store's neighbours, and how many queries they were asked."""
+
+    def __init__(self, source):
+        self.source, self.document, self.queries = source, source.document, 0
+
+    def search(self, keys, k):
+        """As the source does."""
+        self.queries += len(keys)
+        return self.source.search(keys, k)
+
+
+def read(store, model, tokens, spare):
+    """The mixture's distribution at all positions, which of them were searched, and how many queries there were."""
+    neighbours = Counted(store.neighbours())
+    mixture = Mixture(model, neighbours=neighbours, ngrams=store.ngrams(), nearest=Nearest(spare=spare))
+    parts = list(mixture.parts(tokens))
+    found = np.concatenate([each.knn.found.numpy() for each in parts])
+    return torch.cat([each.distribution(WEIGHTS) for each in parts]), found, neighbours.queries, parts
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_not_spared_is_as_it_was(store, model, documents, name):
+    """A spared position has the model's answer in place of the neighbours'; every other one is the same to the bit."""
+    tokens = model.tokenize(documents[0])[:300]
+    rule = RULES[name]
+    whole, *_, parts = read(store, model, tokens, None)
+    spared, found, queries, _ = read(store, model, tokens, rule)
+    top = np.concatenate([each.lm.distribution().amax(dim=1).numpy() for each in parts])
+    lengths = np.concatenate([each.ngram.matches.lengths[each.ngram.contexts] for each in parts])
+    single = np.concatenate([each.ngram.matches.single[each.ngram.contexts] for each in parts])
+    expected = (top < rule.sure) & ~((lengths >= rule.suffix) & (single >= 0))
+    assert np.array_equal(found, expected)
+    assert queries == expected.sum()
+    assert queries == {"never": len(tokens), "always": 0}.get(name, queries)
+    assert name in ("never", "always") or 0 < queries < len(tokens)
+    assert torch.equal(spared[found], whole[found])
+    lm = torch.cat([each.lm.distribution() for each in parts])
+    knn = torch.cat([each.knn.distribution(WEIGHTS.temperature, model.vocab_size) for each in parts])
+    instead = whole + WEIGHTS.by_method["knn"] * (lm - knn)
+    torch.testing.assert_close(spared[~found], instead[~found], rtol=1e-9, atol=1e-12)
+    assert float(spared.sum(dim=1).sub(1).abs().max()) < 1e-6
+
+
+def test_reading_on_spares_the_same(store, model, documents):
+    """`silo.load` takes the rule, and what it says, at once or with a cache, is the mixture's own with that rule."""
+    tokens = model.tokenize(documents[0])[:40]
+    rule = RULES["either"]
+    lm = silo.load(model, store=store, weights=WEIGHTS.to_json(), nearest=Nearest(spare=rule))
+    expected, found, *_ = read(store, model, tokens, rule)
+    assert 0 < found.sum() < len(found)
+    ids = torch.tensor([[model.start_token, *tokens[:-1]]])
+    torch.testing.assert_close(lm(ids).logits[0].double().exp(), expected, rtol=1e-4, atol=1e-6)
+    whole = silo.load(model, store=store, weights=WEIGHTS.to_json())(ids).logits[0].double().exp()
+    assert float((whole - expected).abs().max()) > 1e-3
+
+
+def test_a_later_token_decides_nothing(store, model, documents):
+    """Which searches are spared hangs on the context alone."""
+    tokens = model.tokenize(documents[1])[:200]
+    changed = tokens.copy()
+    changed[120:] = tokens[120:][::-1]
+    first, second = (read(store, model, each, RULES["either"]) for each in (tokens, changed))
+    assert np.array_equal(first[1][:121], second[1][:121])
+    assert math.isclose(float((first[0][:120] - second[0][:120]).abs().max()), 0, abs_tol=1e-6)
+
+
+FOLLOWED = {"steps": 5, "pointers": 3}
+
+
+def decoded(store):
+    """{(document, position): (token, key)} of all that is stored."""
+    quantizer, known = store.control.quantizer(), {}
+    for name in store.manifest.shards:
+        for each in store.shard(name).documents():
+            for position, (token, key) in enumerate(zip(each.tokens, quantizer.decode(each.codes), strict=True)):
+                known[each.document.id, position] = int(token), key
+    return known
+
+
+def followed_slowly(store, keys, tokens, k, steps, pointers):
+    """RetoMaton by its definition, position by position: {(document, position): distance} for each, and which of them
+    were searched for."""
+    known, index, out, searched = decoded(store), store.neighbours(), [], []
+    for number, key in enumerate(keys):
+        goes_on = [(name, at) for name, at in out[-1] if known[name, at][0] == tokens[number - 1]] if out else []
+        there = [(name, at + 1) for name, at in goes_on if (name, at + 1) in known]
+        searched.append(number % (steps + 1) == 0 or len(there) < pointers)
+        if not searched[-1]:
+            out.append({place: float(((key - known[place][1]) ** 2).sum()) for place in there})
+            continue
+        found = index.search(key[None], k)
+        rows = zip(found.documents[0], found.positions[0], found.distances[0], strict=True)
+        out.append({(index.document(row).id, int(at)): float(far) for row, at, far in rows if row >= 0})
+    return out, searched
+
+
+def keys_of(model, tokens):
+    return np.concatenate([keys for keys, _ in model.logits(tokens)])
+
+
+def test_pointers_equal_a_slow_reference(store, model, documents):
+    """The same neighbours, as near, with as many searches; nearest first."""
+    tokens = model.tokenize(documents[0])[:120]
+    keys, index = keys_of(model, tokens), store.neighbours()
+    expected, searched = followed_slowly(store, keys, tokens, 24, **FOLLOWED)
+    found = index.follow(keys, tokens, 24, **FOLLOWED, wanted=np.ones(len(keys), dtype=bool))
+    assert index.searches == sum(searched)
+    assert len(keys) / 6 < sum(searched) < len(keys) * 0.9
+    for number, of in enumerate(expected):
+        there = found.documents[number] >= 0
+        places = zip(found.documents[number][there], found.positions[number][there], strict=True)
+        far = dict(
+            zip([(index.document(row).id, int(at)) for row, at in places], found.distances[number], strict=False)
+        )
+        assert far.keys() == of.keys()
+        np.testing.assert_allclose([far[place] for place in of], list(of.values()), rtol=1e-4, atol=1e-4)
+        assert (np.diff(found.distances[number][there]) >= 0).all()
+        assert np.isinf(found.distances[number][~there]).all()
+
+
+def test_pointers_hang_on_what_is_stored_alone(model, model_dir, control, documents, store, tmp_path):
+    """Groups, order of adding and what was removed leave no trace in what is followed; nor do documents that a view
+    leaves out."""
+    other = Store.create(tmp_path / "other", model, model_dir / "tokenizer.json", control)
+    for document in reversed(documents):
+        other.add([document], model)
+    tokens = model.tokenize(documents[4])[:150]
+    keys, wanted = keys_of(model, tokens), np.arange(150) % 7 != 3
+
+    def followed(index):
+        found = index.follow(keys, tokens, 16, **FOLLOWED, wanted=wanted)
+        names = [[index.document(row).id if row >= 0 else "" for row in of] for of in found.documents]
+        assert 0 < index.searches < wanted.sum()
+        return names, found.positions.tolist(), found.distances.tolist()
+
+    assert followed(store.neighbours()) == followed(other.neighbours())
+    owner = documents[0].owner
+    viewed = followed(store.select(deny=Selection(owners=(owner,))).neighbours())
+    other.remove(Selection(owners=(owner,)))
+    assert viewed == followed(other.neighbours())
+    assert not any(np.isfinite(far).any() for far, asked in zip(viewed[2], wanted, strict=True) if not asked)
+
+
+def test_a_mixture_follows(store, model, documents):
+    """Few searches answer a text, nothing that comes later decides, and it is a distribution."""
+    tokens = model.tokenize(documents[1])[:200]
+    changed = tokens.copy()
+    changed[120:] = tokens[120:][::-1]
+    found = []
+    for each in (tokens, changed):
+        mixture = store.mixture(model, ("lm", "knn", "ngram"), nearest=Nearest(spare=Spare(steps=7, pointers=2)))
+        found.append(torch.cat([parts.distribution(WEIGHTS) for parts in mixture.parts(each)]))
+        assert 0 < mixture.neighbours.searches < len(each) / 2
+    torch.testing.assert_close(found[0][:121], found[1][:121], rtol=1e-5, atol=1e-7)
+    assert float(found[0].sum(dim=1).sub(1).abs().max()) < 1e-6
+    whole = torch.cat(
+        [parts.distribution(WEIGHTS) for parts in store.mixture(model, ("lm", "knn", "ngram")).parts(tokens)]
+    )
+    assert float((whole - found[0]).abs().max()) > 1e-3
+
+
+def test_near_by_inner_product(store, model, documents):
+    """All lists read, the neighbours are those with the largest products, which is another order than that of
+    distances; and a distance is that of keys which are all of one length."""
+    keys = keys_of(model, model.tokenize(documents[0])[:60])
+    everything = len(store.control.centroids)
+    index = store.neighbours(probes=everything, metric="inner_product")
+    found = index.search(keys, 32)
+    stored = np.stack([key for _, key in decoded(store).values()])
+    products = np.sort(keys @ stored.T, axis=1)[:, ::-1][:, :32]
+    length = found.distances + 2 * products - (keys**2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(length, (store.control.centroids**2).sum(axis=1).mean(), rtol=1e-3)
+    other = store.neighbours(probes=everything).search(keys, 32)
+    assert (other.documents != found.documents).mean() > 0.1
+
+
+def test_inner_products_hang_on_what_is_stored_alone(store, model, model_dir, control, documents, tmp_path):
+    """Ties, too: a text that two owners have is found twice, at the last place as well, whatever came first."""
+    twins = [replace(each, id=f"{each.id}-twin", owner="Twin") for each in documents[:4]]
+    found = []
+    for number, order in enumerate(([*documents, *twins], [*twins, *reversed(documents)])):
+        made = Store.create(tmp_path / str(number), model, model_dir / "tokenizer.json", control)
+        for document in order:
+            made.add([document], model)
+        index = made.neighbours(metric="inner_product")
+        keys = keys_of(model, model.tokenize(documents[0])[:80])
+        rows = index.search(keys, 5)
+        names = [[index.document(row).id if row >= 0 else "" for row in of] for of in rows.documents]
+        found.append((names, rows.positions.tolist(), rows.distances.tolist()))
+        again = index.follow(keys, np.zeros(80), 5, steps=1, pointers=9, wanted=np.ones(80, dtype=bool))
+        np.testing.assert_array_equal(again.distances, rows.distances)
+    assert found[0] == found[1]
+    assert any("-twin" in name for of in found[0][0] for name in of)
+
+
+def test_what_is_followed_is_as_near_as_what_is_found(store, model, documents):
+    """Both metrics: a key that both ways give has one distance, but for rounding."""
+    tokens = model.tokenize(documents[0])[:60]
+    keys = keys_of(model, tokens)
+    for metric in ("l2", "inner_product"):
+        index = store.neighbours(probes=len(store.control.centroids), metric=metric)
+        searched = index.search(keys, 400)
+        followed = index.follow(keys, tokens, 64, steps=3, pointers=1, wanted=np.ones(60, dtype=bool))
+        compared = 0
+        for row in range(60):
+            far = {
+                (document, position): at
+                for document, position, at in zip(
+                    searched.documents[row], searched.positions[row], searched.distances[row], strict=True
+                )
+            }
+            for document, position, at in zip(
+                followed.documents[row], followed.positions[row], followed.distances[row], strict=True
+            ):
+                if document >= 0 and (document, position) in far:
+                    assert math.isclose(at, far[document, position], rel_tol=1e-3, abs_tol=1e-2)
+                    compared += 1
+        assert compared > 500
+
+
+def test_k_and_metric_reach_the_search(store, model, documents):
+    """`nearest` of a store's mixture is what is searched with."""
+    tokens = model.tokenize(documents[0])[:50]
+    way = Nearest(k=7, probes=2, metric="inner_product")
+    [parts] = store.mixture(model, ("lm", "knn"), nearest=way).parts(tokens)
+    expected = store.neighbours(probes=2, metric="inner_product").search(keys_of(model, tokens), 7)
+    np.testing.assert_array_equal(parts.knn.neighbours.distances, expected.distances)
+    assert parts.knn.neighbours.distances.shape == (50, 7)
