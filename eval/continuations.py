@@ -66,7 +66,7 @@ def score_pairs(
     for number, (context, continuation) in enumerate(pairs):
         if continuation:
             read[context + continuation[:-1], len(context)].append(number)
-    reader = Reader(mixture)
+    reader = Reader(mixture, max(weighing.history for weighing in weighings.values()))
     for done, ((tokens, first), numbers) in enumerate(read.items(), start=1):
         asked = torch.tensor([pairs[number].continuation for number in numbers])
         row = Row(np.asarray([mixture.model.start_token, *tokens], dtype=np.int64), started=True)

@@ -51,7 +51,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         self.all_tied_weights_keys: dict[str, str] = {}
         self.mixture = mixture
         self.weighing = weighing
-        self.reader = Reader(mixture)
+        self.reader = Reader(mixture, weighing.history)
         self.eval()
 
     @property

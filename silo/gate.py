@@ -1,10 +1,10 @@
 """A learnt gate: λ and τ of each position from evidence that is there before the token is.
 
 A small network reads how sure the model is, how near and how unanimous the neighbours are, how long and how common the
-∞-gram's suffix is, and how well the blocks fit, and says how much each method deserves. It is what lets one store of
-many owners answer without an oracle that knows whose text it is reading (He 2021 and Drozdov 2022 set λ by what was
-retrieved). It never sees which document or owner stands behind the evidence. It is fitted on permissive text only
-(law 2); :mod:`eval.rehearsal` does that.
+∞-gram's suffix is, how well the blocks fit, and how well each method has foretold the text so far; and says how much
+each deserves. It is what lets one store of many owners answer without an oracle that knows whose text it is reading (He
+2021 and Drozdov 2022 set λ by what was retrieved). It never sees which document or owner stands behind the evidence. It
+is fitted on permissive text only (law 2); :mod:`eval.rehearsal` does that.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from silo.errors import UsageError
 from silo.mixing import neighbour_weights
+from silo.past import KNOWN, WINDOW
 from silo.readings import Evidence, Temperature
 from silo.weights import METHODS
 
@@ -45,6 +46,11 @@ class Gate:
     """Mean and scale of the features, (f,) each; weight (h, f) and bias (h,); weight (m + 1, h) and bias (m + 1,), of
     which the last row is for τ; all float64."""
     base_temperature: float
+
+    @property
+    def history(self) -> int:
+        """As :attr:`silo.weights.Weighing.history`."""
+        return WINDOW if KNOWN in self.features else 0
 
     def weigh(self, evidence: Evidence) -> dict[str, float | torch.Tensor]:
         """λ by method: (n,) float64 each."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from silo.in_context import BlockReading, InContext, read_in_context
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
 from silo.nearest import Nearest
+from silo.past import Past
 from silo.readings import Evidence, ModelReading, NeighbourReading, NgramReading, Temperature
 from silo.retrieval import BlockSource, NeighbourSource, NgramMatches, NgramSource, SourceDocument
 from silo.weights import Weighing
@@ -34,10 +35,18 @@ class Parts:
     knn: NeighbourReading | None = None
     ric: BlockReading | None = None
     ngram: NgramReading | None = None
+    past: Evidence = field(default_factory=dict)
+    """How well the methods have foretold the text up to each position (:mod:`silo.past`)."""
+
+    @property
+    def methods(self) -> list[str]:
+        """``lm``, and ``knn``, ``ric`` and ``ngram`` if they were read."""
+        readings = {"knn": self.knn, "ric": self.ric, "ngram": self.ngram}
+        return ["lm", *(name for name, reading in readings.items() if reading is not None)]
 
     def evidence(self) -> Evidence:
         """What all methods know of themselves, (n,) float64 by name."""
-        found = self.lm.evidence()
+        found = self.lm.evidence() | self.past
         if self.knn is not None:
             found.update(self.knn.evidence(self.lm))
         if self.ric is not None:
@@ -56,6 +65,16 @@ class Parts:
         return self._mapped(
             lm,
             lambda knn: knn.probability(tokens, temperature),
+            lambda ric: ric.probability(tokens),
+            lambda ngram: ngram.probability(tokens),
+        )
+
+    def given(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same without a temperature: of the neighbours, how many go on with the token."""
+        lm = self.lm.probability(tokens)
+        return self._mapped(
+            lm,
+            lambda knn: knn.share(tokens),
             lambda ric: ric.probability(tokens),
             lambda ngram: ngram.probability(tokens),
         )
@@ -153,7 +172,7 @@ class Mixture:
 
     def _parts(self, tokens: np.ndarray, matches: NgramMatches | None, first: int) -> Iterator[Parts]:
         """Read one document, whose contexts begin with number ``first`` of the matches."""
-        begin = 0
+        begin, past = 0, Past()
         for keys, logits in self.model.logits(tokens):
             end = begin + len(logits)
             lm, ric, ngram = ModelReading.of(logits), None, None
@@ -163,7 +182,7 @@ class Mixture:
                 own = torch.from_numpy(tokens[begin:end].astype(np.int64))
                 ngram = NgramReading(matches, self.ngrams, np.arange(first + begin, first + end), own)
             knn = self.read_neighbours(keys, tokens[begin:end], lm, ngram)
-            yield Parts(begin, end, lm, knn, ric, ngram)
+            yield past.join(Parts(begin, end, lm, knn, ric, ngram), tokens)
             begin = end
 
     def read_neighbours(

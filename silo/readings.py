@@ -106,6 +106,13 @@ class NeighbourReading:
         """p of one token a position: (n,) int64 gives (n,) float64."""
         return neighbour_probability(self.weights(temperature), torch.from_numpy(self.neighbours.values), tokens)
 
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of the neighbours of each position the part that goes on with a token, however far: (n,) int64 gives (n,)
+        float64."""
+        there = np.isfinite(self.neighbours.distances)
+        hits = (self.neighbours.values == tokens.numpy()[:, None]) & there
+        return torch.from_numpy(hits.sum(axis=1) / np.maximum(1, there.sum(axis=1)))
+
     def distribution(self, temperature: Temperature, vocab_size: int) -> torch.Tensor:
         """(n, vocabulary) float64; zeros where nothing was found."""
         return neighbour_distribution(self.weights(temperature), torch.from_numpy(self.neighbours.values), vocab_size)

@@ -7,6 +7,7 @@ token longer than that of the context before.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from silo.in_context import BlockReading, FoundBlocks, Readings, copy_states, find_blocks, read_blocks
 from silo.mixture import Mixture, Parts
+from silo.past import Past
 from silo.readings import ModelReading, NgramReading
 
 CHUNK = 64
@@ -37,6 +39,8 @@ class Row:
     found: FoundBlocks | None = None
     """The blocks of the stride that was read last."""
     readings: Readings = field(default_factory=Readings)
+    past: Past = field(default_factory=Past)
+    """How well the methods have foretold it."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -49,12 +53,13 @@ class Row:
 
     def copy(self) -> Row:
         """The same, to be read on in another way."""
-        return replace(self, readings=self.readings.copy())
+        return replace(self, readings=self.readings.copy(), past=self.past.copy())
 
     def cut(self, length: int) -> None:
         """Forget all inputs but the first ``length``, and what hangs on the others."""
         self.inputs, self.begin = self.inputs[:length], 0
         self.suffix, self.found, self.readings = None, None, Readings()
+        self.past = self.past.cut(self.position(length - 1))
 
 
 class MixtureCache(DynamicCache):
@@ -112,29 +117,34 @@ class Reader:
     begins with its last quarter.
     """
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: Mixture, history: int = 0) -> None:
+        """``history`` is that of the weighing (:attr:`silo.weights.Weighing.history`): so many inputs more are read
+        with all methods, unless they have been."""
         self.mixture = mixture
         self.model = mixture.model
+        self.history = history
 
     def read(self, row: Row, first: int = 0) -> Iterator[Parts]:
         """Read a text at once; give what is said after each input from number ``first`` on."""
-        at = first
-        for keys, logits in self.model.read(torch.from_numpy(row.inputs), first):
-            yield from self._parts(row, at, keys, logits)
+        at = max(0, first - self.history)
+        for keys, logits in self.model.read(torch.from_numpy(row.inputs), at):
+            yield from self._parts(row, at, keys, logits, first)
             at += len(keys)
 
     def start(self, cache: MixtureCache, keep: int) -> list[Iterator[Parts]]:
         """Read the texts of a new batch; for each, give what is said after its last ``keep`` inputs, or after all."""
         context = self.model.key_spec.context
         if max(len(row.inputs) for row in cache.rows) <= context:
-            return self._mixed(cache, *self._read_anew(cache, keep))
+            return self._mixed(cache, *self._read_anew(cache, keep + self.history), keep)
         for row in cache.rows:
             row.begin = max(0, len(row.inputs) - context)
         return [self.read(row, max(0, len(row.inputs) - keep)) for row in cache.rows]
 
     def read_on(self, cache: MixtureCache, inputs: torch.Tensor, keep: int) -> list[Iterator[Parts]]:
         """Read some more inputs (batch, n); for each text give what is said after the last ``keep`` of them."""
-        spec, found = self.model.key_spec, []
+        spec = self.model.key_spec
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        before = max(0 if row.past.end is None else row.position(len(row.inputs)) - row.past.end for row in cache.rows)
         for piece in inputs.split(spec.stride, dim=1):
             for row, more in zip(cache.rows, piece, strict=True):
                 row.inputs = np.concatenate([row.inputs, more.numpy()])
@@ -143,12 +153,12 @@ class Reader:
                     cache.states = None
             cache.width += piece.shape[1]
             if cache.states is None:
-                found.append(self._read_anew(cache, piece.shape[1]))
+                found.append(self._read_anew(cache, piece.shape[1] + (0 if found else before)))  # after a cut, one more
             else:
                 cache.mask = torch.cat([cache.mask, torch.ones_like(piece)], dim=1)
                 found.append(self.model.read_on(piece, cache.states, cache.mask, piece.shape[1]))
-        keys, logits = (torch.cat(each, dim=1)[:, -keep:] for each in zip(*found, strict=True))
-        return self._mixed(cache, keys, logits)
+        keys, logits = (torch.cat(each, dim=1)[:, -(keep + self.history) :] for each in zip(*found, strict=True))
+        return self._mixed(cache, keys, logits, keep)
 
     def _read_anew(self, cache: MixtureCache, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and logits of the last inputs (batch, keep, …) of windows that the model has no states of."""
@@ -161,24 +171,32 @@ class Reader:
         cache.states = self.model.states()
         return self.model.read_on(batch, cache.states, cache.mask, min(keep, longest))
 
-    def _mixed(self, cache: MixtureCache, keys: torch.Tensor, logits: torch.Tensor) -> list[Iterator[Parts]]:
-        """What is said after the last inputs of each text, of which there are keys and logits (batch, n, …)."""
+    def _mixed(self, cache: MixtureCache, keys: torch.Tensor, logits: torch.Tensor, keep: int) -> list[Iterator[Parts]]:
+        """What is said after the last ``keep`` inputs of each text, where there are keys and logits (batch, n, …) of
+        those and of some before."""
         found = []
         for row, of_keys, of_logits in zip(cache.rows, keys, logits, strict=True):
             count = min(len(of_keys), len(row.inputs))
-            found.append(self._parts(row, len(row.inputs) - count, of_keys[-count:].numpy(), of_logits[-count:]))
+            at, first = len(row.inputs) - count, max(0, len(row.inputs) - keep)
+            found.append(self._parts(row, at, of_keys[-count:].numpy(), of_logits[-count:], first))
         return found
 
-    def _parts(self, row: Row, first: int, keys: np.ndarray, logits: torch.Tensor) -> Iterator[Parts]:
-        """What is said after some inputs in a row, of which there are keys and logits (n, …)."""
-        for at in range(0, len(keys), CHUNK):
-            part = slice(at, at + CHUNK)
-            begin = row.position(first + at)
-            end = begin + len(keys[part])
+    def _parts(self, row: Row, at: int, keys: np.ndarray, logits: torch.Tensor, first: int) -> Iterator[Parts]:
+        """What is said after the inputs in a row from number ``first`` on, where there are keys and logits (n, …) of
+        those from number ``at`` on; what comes before is for the past alone."""
+        cuts = [*range(at, min(first, at + len(keys)), CHUNK), *range(max(at, first), at + len(keys), CHUNK)]
+        for start, stop in itertools.pairwise([*cuts, at + len(keys)]):
+            part = slice(start - at, stop - at)
+            begin = row.position(start)
+            end = begin + stop - start
             lm, ric, ngram = ModelReading.of(logits[part]), self._blocks(row, begin, end), self._ngrams(row, begin, end)
-            tokens = np.append(row.tokens[begin : end - 1], 0)  # the last is predicted
+            tokens = np.append(row.tokens[begin : end - 1], 0)  # the last may not be there yet
             knn = self.mixture.read_neighbours(keys[part], tokens, lm, ngram)
-            yield Parts(begin, end, lm, knn, ric, ngram)
+            parts = Parts(begin, end, lm, knn, ric, ngram)
+            if self.history:
+                parts = row.past.join(parts, row.tokens)
+            if start >= first:
+                yield parts
 
     def _ngrams(self, row: Row, begin: int, end: int) -> NgramReading | None:
         """Match the contexts of some positions, which come after those that were matched before."""
@@ -189,7 +207,8 @@ class Reader:
         matches = source.match([row.tokens[start : end - 1]])
         contexts = np.arange(begin - start, end - start)
         row.suffix = int(matches.lengths[contexts[-1]])
-        return NgramReading(matches, source, contexts, torch.full((end - begin,), -1))
+        own = torch.from_numpy(np.append(row.tokens[begin : end - 1], -1).astype(np.int64))  # the last was not matched
+        return NgramReading(matches, source, contexts, own)
 
     def _blocks(self, row: Row, begin: int, end: int) -> BlockReading | None:
         """Read some positions with blocks, which are looked up where a stride begins."""

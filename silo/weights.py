@@ -25,6 +25,11 @@ class Weighing(Protocol):
         """What is weighed, in the order of :data:`METHODS`."""
         ...
 
+    @property
+    def history(self) -> int:
+        """How many tokens before a position its evidence hangs on, in any other way than as the methods' context."""
+        ...
+
     def weigh(self, evidence: Evidence) -> dict[str, float | torch.Tensor]:
         """λ by method, summing to 1: one for all positions, or (n,) float64."""
         ...
@@ -49,6 +54,11 @@ class Weights:
     def methods(self) -> tuple[str, ...]:
         """What is weighed."""
         return tuple(method for method in METHODS if method in self.by_method)
+
+    @property
+    def history(self) -> int:
+        """As :attr:`Weighing.history`."""
+        return 0
 
     def weigh(self, evidence: Evidence) -> dict[str, float | torch.Tensor]:
         """As :meth:`Weighing.weigh`."""

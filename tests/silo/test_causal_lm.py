@@ -1,17 +1,22 @@
 """A mixture as a causal language model: what transformers' own code makes of it, and what it must equal."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import silo.gate
+import silo.past
 from datastore.store import Store
 from silo.causal_lm import MixtureForCausalLM
 from silo.errors import UsageError
+from silo.gate import HIDDEN, Gate
 from silo.in_context import InContext
 from silo.mixture import Mixture
-from silo.weights import METHODS, Weights
+from silo.past import KNOWN
+from silo.weights import METHODS, Weighing, Weights
 
 WEIGHTS = Weights({"lm": 0.4, "knn": 0.3, "ric": 0.2, "ngram": 0.1}, 4.0)
 RETRIEVAL = InContext(stride=6, blocks=2)
@@ -25,9 +30,22 @@ def mixture(model, model_dir, control, documents, tmp_path_factory) -> Mixture:
     return made.mixture(model, METHODS, in_context=RETRIEVAL)
 
 
-@pytest.fixture(scope="module")
-def lm(mixture) -> MixtureForCausalLM:
-    return MixtureForCausalLM(mixture, WEIGHTS)
+def gate_of_the_past() -> Gate:
+    """A gate with random weights that hangs on how well the methods have foretold the text."""
+    features = ("lm_entropy", KNOWN, *(f"{name}_past" for name in METHODS))
+    generator = torch.Generator().manual_seed(7)
+    sizes = [(6,), (6,), (HIDDEN, 6), (HIDDEN,), (5, HIDDEN), (5,)]
+    layers = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    return Gate(METHODS, features, (layers[0], layers[1].abs() + 0.5, *layers[2:]), 4.0)
+
+
+@pytest.fixture(scope="module", params=["weights", "gate"])
+def lm(mixture, request) -> Iterator[MixtureForCausalLM]:
+    """By fixed weights, and by a gate that looks back, less far than most texts here go."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (silo.past, silo.gate):
+            patch.setattr(module, "WINDOW", 20)
+        yield MixtureForCausalLM(mixture, WEIGHTS if request.param == "weights" else gate_of_the_past())
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +60,7 @@ def given(model, tokens: np.ndarray) -> torch.Tensor:
     return model.inputs(np.append(tokens, 0)).unsqueeze(0)
 
 
-def expected(mixture: Mixture, tokens: np.ndarray, weights: Weights = WEIGHTS) -> torch.Tensor:
+def expected(mixture: Mixture, tokens: np.ndarray, weights: Weighing) -> torch.Tensor:
     """The mixture's log-probabilities at each position and after the last token."""
     parts = mixture.parts(np.append(tokens, 0))
     return torch.cat([each.distribution(weights) for each in parts]).clamp_min(1e-300).log()
@@ -53,7 +71,7 @@ def test_logits_are_the_mixture(lm, mixture, model, text, length):
     """After the start token, logits are what Mixture.parts says of the text, also beyond the model's context."""
     assert model.key_spec.context == 64
     logits = lm(given(model, text[:length])).logits[0]
-    torch.testing.assert_close(logits.double(), expected(mixture, text[:length]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits.double(), expected(mixture, text[:length], lm.weighing), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [True, False])
@@ -95,6 +113,22 @@ def test_reading_on_equals_reading_at_once(lm, model, text, pieces):
         found.append(out.logits)
         at += count
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 30])
+def test_what_was_cut_is_forgotten(lm, model, text, cut):
+    """Inputs that are taken back, as when a draft is rejected, and others in their place: as if read at once."""
+    ids = given(model, text[:62])
+    draft = torch.cat([ids[:, :25], ids[:, 25:55].flip(1)], dim=1)
+    out = lm(draft, use_cache=True)
+    cache = out.past_key_values
+    lm(ids[:, 55:56], past_key_values=cache, use_cache=True)
+    cache.crop(1 + cut)
+    kept = torch.cat([draft[:, : 55 - cut], ids[:, 55:58]], dim=1)
+    first = lm(kept[:, 55 - cut : -1], past_key_values=cache, use_cache=True).logits
+    then = lm(kept[:, -1:], past_key_values=cache, use_cache=True).logits
+    whole = lm(kept).logits[:, -3:]
+    torch.testing.assert_close(torch.cat([first, then], dim=1), whole, rtol=0, atol=1e-5)
 
 
 def test_reading_on_past_the_context(mixture, model, text):
