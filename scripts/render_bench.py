@@ -135,7 +135,7 @@ Neighbours by the lists that are read and how many are taken; perplexity with th
 {curve}
 
 The ∞-gram alone: {owners}.
-{spared(result["spared"])}{loops(result["peers"]) if "peers" in result else ""}"""
+{spared(result["spared"]) if "spared" in result else ""}{loops(result["peers"]) if "peers" in result else ""}"""
 
 
 def spared(found: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@
 The store holds restricted text of the training split; what is scored are passages of the validation split, in rounds in
 which all contestants take turns. Blocks are read where their look-up is among the best, so many of a hundred
 (``--read``): the threshold is that quantile on half of the passages, on which the weights are fitted too; perplexities
-are of the other half. With ``--encoded`` below ``--tokens`` most keys are borrowed (see mixing_store.py), and no
-perplexity with neighbours is told.
+are of the other half. With ``--encoded`` below ``--tokens`` most keys are borrowed (see mixing_store.py), no perplexity
+with neighbours is told, and no search spared.
 
 Beside that: neighbours by how many lists are read (``probes``) and how many are taken (``k``), and with fewer and fewer
 searches (``spared``); the ∞-gram over the same documents as one owner's and as 200 owners'; and with --peers,
@@ -105,7 +105,7 @@ def main(
             },
             "mixtures": mixtures(lm, store, texts, sizes["read"], sizes["rounds"], own_keys),
             "neighbours": curve(lm, store, texts, sizes["rounds"], own_keys),
-            "spared": spared(lm, store, texts, sizes["rounds"], own_keys),
+            **({"spared": spared(lm, store, texts, sizes["rounds"])} if own_keys else {}),
             "ngram": owners(root, lm, store, texts, sizes["rounds"]),
         }
         work = ceiling.Work(flops=flops_per_token(lm.model, PASSAGE_TOKENS, batch=1))
@@ -200,7 +200,7 @@ def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_k
     return {"perplexity": found, **timed}
 
 
-def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_keys: bool) -> dict[str, Any]:
+def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int) -> dict[str, Any]:
     """The model, neighbours and the ∞-gram, with fewer and fewer searches; weights are fitted with those alone."""
     index = store.neighbours()
     named = {
@@ -218,7 +218,7 @@ def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_
 
     calls = {name: lambda name=name, of=of: run(name, of) for name, of in named.items()}
     timed = in_turns(calls, dict.fromkeys(calls, tokens), "none", rounds)
-    told = {name: perplexity_of(of, named[name].methods) for name, of in scores.items()} if own_keys else {}
+    told = {name: perplexity_of(of, named[name].methods) for name, of in scores.items()}
     return {"searched": searched, "perplexity": told, **timed}
 
 
