@@ -76,9 +76,11 @@ class Past:
         own = np.zeros(parts.end - parts.begin, dtype=np.int64)
         own[: len(known)] = known
         more = parts.given(torch.from_numpy(own)) if len(known) else {}
+        given = {}
         for name in parts.methods:
             there = more[name].clamp_min(FLOOR).log().numpy()[begin - parts.begin : len(known)] if more else nothing
-            self._given[name] = np.concatenate([self._given.get(name, nothing), there])
+            given[name] = np.concatenate([self._given.get(name, nothing), there])
+        self._given = given
 
     def _evidence(self, count: int, positions: int) -> Evidence:
         """The means before so many positions, of which the first has ``count`` tokens before it."""

@@ -75,6 +75,23 @@ def test_it_is_what_was_said_of_the_last_tokens(cuts, known_later):
         torch.testing.assert_close(given, torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
+def test_a_copy_goes_its_own_way():
+    """Two texts that begin alike, as beams do, each have their own past."""
+    generator = np.random.default_rng(5)
+    tokens, found = generator.integers(0, VOCABULARY, 12), Found(generator, 12)
+    other = np.append(tokens[:7], (tokens[7:] + 1) % VOCABULARY)
+    logits = torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 6
+    past = Past()
+    past.join(make(0, logits[:8], cut_of(found, 0, 8)), tokens[:7])
+    for way, text in ((past.copy(), other), (past, tokens)):
+        for at in range(8, 12):
+            joined = way.join(make(at, logits[at : at + 1], cut_of(found, at, at + 1)), text[:at]).past
+        expected = by_definition(logits, found, text)
+        assert {name: float(of[0]) for name, of in joined.items()} == pytest.approx(
+            {name: of[-1] for name, of in expected.items()}
+        )
+
+
 def test_a_gap_begins_anew():
     """Parts that do not go on where the last ended know nothing of what was before."""
     generator = np.random.default_rng(4)
