@@ -198,7 +198,8 @@ def model(record: dict[str, Any]) -> str:
         for name, milliseconds in found["wall"]["milliseconds"].items()
     )
     shape = record["shape"]
-    return f"""## Training steps: the model's layers
+    against = ", PEER-pytorch with torch's default AdamW" if "--not-fused" in record["command"] else ""
+    return f"""## Training steps: the model's layers{against}
 
 Forward, backward and optimizer, in turns with the peers, {record["rounds"]} rounds, medians, {record["threads"]} \
 threads. Decoders: {shape["num_hidden_layers"]} layers, {shape["hidden_size"]} wide, {shape["batch"]} sequences of \
@@ -243,4 +244,4 @@ checkpoint is written and synced every 500 steps, unless a recipe says otherwise
 """
 
 
-SECTIONS = {"experts": experts, "growth": growth, "model": model, "training_step": training_step}
+SECTIONS = {"experts": experts, "growth": growth, "model": model, "model_not_fused": model, "training_step": training_step}
