@@ -125,7 +125,7 @@ class NeighbourIndex:
             anew = (rows[asked] >= 0).sum(axis=1) < pointers
             distances[asked[anew]], rows[asked[anew]] = self._search_all(keys[asked[anew]], k)
             distances[asked[~anew]], rows[asked[~anew]] = self._measured(keys[asked[~anew]], rows[asked[~anew]])
-        distances[~wanted], rows[~wanted] = np.inf, -1
+        rows[~wanted] = -1
         return self._found(keys, distances, rows)
 
     def _found(self, keys: np.ndarray, distances: np.ndarray, rows: np.ndarray) -> FoundNeighbours:

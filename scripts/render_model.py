@@ -244,4 +244,10 @@ checkpoint is written and synced every 500 steps, unless a recipe says otherwise
 """
 
 
-SECTIONS = {"experts": experts, "growth": growth, "model": model, "model_not_fused": model, "training_step": training_step}
+SECTIONS = {
+    "experts": experts,
+    "growth": growth,
+    "model": model,
+    "model_not_fused": model,
+    "training_step": training_step,
+}
