@@ -159,8 +159,7 @@ class NeighbourIndex:
                 distances[asked, place[at]] = np.einsum("ij,ij->i", decoded, decoded)
         order = np.argsort(distances, axis=1, kind="stable")
         distances, rows = (np.take_along_axis(each, order, axis=1) for each in (distances, rows))
-        equal = (distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)
-        for tied in np.flatnonzero(equal.any(axis=1)):
+        for tied in _with_ties(distances, rows):
             order = self._order(distances[tied], rows[tied])
             distances[tied], rows[tied] = distances[tied, order], rows[tied, order]
         return distances, rows
@@ -192,8 +191,7 @@ class NeighbourIndex:
         probed = self._probed(keys)
         distances, rows = self._nearest(keys, k + SPARE, *probed)
         distances[rows < 0] = np.inf
-        equal = (distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)
-        for query in np.flatnonzero(equal.any(axis=1)):
+        for query in _with_ties(distances, rows):
             near, found = distances[query], rows[query]
             if near[k - 1] == near[-1] and found[-1] >= 0:
                 one = slice(query, query + 1)
@@ -305,6 +303,13 @@ def _by_group(groups: Sequence[KeyGroup], rows: np.ndarray) -> Iterator[tuple[in
         within = rows[chosen]
         if len(within):
             yield number, group, chosen, within - group.first_row
+
+
+def _with_ties(distances: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The numbers of the queries that have two rows of (n, k) equally far, where -1 is no row and rows come nearest
+    first."""
+    equal = (distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)
+    return np.flatnonzero(equal.any(axis=1))
 
 
 def _bits(pairs: Sequence[tuple[KeyGroup, np.ndarray | None]]) -> np.ndarray:

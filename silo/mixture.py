@@ -39,10 +39,10 @@ class Parts:
     """How well the methods have foretold the text up to each position (:mod:`silo.past`)."""
 
     @property
-    def methods(self) -> list[str]:
-        """``lm``, and ``knn``, ``ric`` and ``ngram`` if they were read."""
+    def readings(self) -> dict[str, NeighbourReading | BlockReading | NgramReading]:
+        """Those that there are, by ``knn``, ``ric`` and ``ngram``."""
         readings = {"knn": self.knn, "ric": self.ric, "ngram": self.ngram}
-        return ["lm", *(name for name, reading in readings.items() if reading is not None)]
+        return {name: reading for name, reading in readings.items() if reading is not None}
 
     def evidence(self) -> Evidence:
         """What all methods know of themselves, (n,) float64 by name."""
@@ -102,11 +102,11 @@ class Parts:
         methods: Sequence[str] = ("knn", "ric", "ngram"),
     ) -> dict[str, torch.Tensor]:
         """A function of each method's reading, and the model's where a method found nothing."""
-        given = {"lm": lm}
-        for name, reading, function in (("knn", self.knn, knn), ("ric", self.ric, ric), ("ngram", self.ngram, ngram)):
-            if reading is not None and name in methods:
+        given, functions = {"lm": lm}, {"knn": knn, "ric": ric, "ngram": ngram}
+        for name, reading in self.readings.items():
+            if name in methods:
                 found = torch.as_tensor(reading.found)
-                value = function(reading)  # type: ignore[arg-type]
+                value = functions[name](reading)  # type: ignore[operator]
                 given[name] = torch.where(found.unsqueeze(1) if value.dim() == 2 else found, value, lm)
         return given
 
@@ -231,7 +231,7 @@ def _split(
     shares: dict[tuple[str, SourceDocument | None], float] = defaultdict(float)
     for method, given in weights.items():
         weight = float(given[index]) if isinstance(given, torch.Tensor) else given
-        reading = {"knn": parts.knn, "ric": parts.ric, "ngram": parts.ngram}.get(method)
+        reading = parts.readings.get(method)
         if reading is None or not bool(reading.found[index]):
             shares["lm", None] += weight * lm
             continue

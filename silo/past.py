@@ -77,7 +77,7 @@ class Past:
         own[: len(known)] = known
         more = parts.given(torch.from_numpy(own)) if len(known) else {}
         given = {}
-        for name in parts.methods:
+        for name in ("lm", *parts.readings):
             there = more[name].clamp_min(FLOOR).log().numpy()[begin - parts.begin : len(known)] if more else nothing
             given[name] = np.concatenate([self._given.get(name, nothing), there])
         self._given = given
