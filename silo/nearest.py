@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import numpy as np
 
+from silo.errors import UsageError
 from silo.readings import ModelReading, NgramReading
 from silo.retrieval import PROBES, Metric, Neighbours, NeighbourSource
 
@@ -30,12 +32,15 @@ class Spare:
     suffix: float = math.inf
     """Those where the context's last tokens, at least so many, are in the store and one token follows them always: no
     neighbours there."""
-
     steps: int = 0
     """Queries in a row that are answered by following the neighbours of the last search. Where a text is read token by
     token, each is searched for."""
     pointers: int = 16
     """There is a search all the same where fewer neighbours can be followed."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.pointers < 1:
+            raise UsageError(f"{self.steps} steps with {self.pointers} pointers; expected 0 or more, and at least 1")
 
     def neighbours(
         self,
@@ -73,6 +78,12 @@ class Nearest:
     """What is near, as :data:`silo.retrieval.Metric` says."""
     spare: Spare | None = None
     """Which searches are spared, if any."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.probes < 1:
+            raise UsageError(f"{self.k} neighbours of {self.probes} lists; expected at least 1 of each")
+        if self.metric not in get_args(Metric):
+            raise UsageError(f"nearness by {self.metric!r}; expected one of {', '.join(get_args(Metric))}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 import silo
 from datastore.store import Selection, Store
+from silo.errors import UsageError
 from silo.mixture import Mixture
 from silo.nearest import Nearest, Spare
 from silo.weights import Weights
@@ -151,6 +152,40 @@ def test_pointers_equal_a_slow_reference(store, model, documents):
         np.testing.assert_allclose([far[place] for place in of], list(of.values()), rtol=1e-4, atol=1e-4)
         assert (np.diff(found.distances[number][there]) >= 0).all()
         assert np.isinf(found.distances[number][~there]).all()
+
+
+def test_a_pointer_ends_with_its_document(store, model, documents):
+    """A text that begins as a stored document finds that document to its end, and there the pointer goes nowhere: not
+    into the document that lies behind it."""
+    ended = 0
+    for document in documents[:4]:
+        whole = model.tokenize(document)
+        tokens = np.concatenate([whole, whole[:10]])
+        keys, index = keys_of(model, tokens), store.neighbours()
+        near = slice(len(whole) - 12, None)
+        keys, tokens = keys[near], tokens[near]
+        expected, searched, ends = followed_slowly(store, keys, tokens, 24, steps=9, pointers=1)
+        found = index.follow(keys, tokens, 24, steps=9, pointers=1, wanted=np.ones(len(keys), dtype=bool))
+        assert index.searches == sum(searched)
+        assert (found.documents >= 0).sum(axis=1).tolist() == [len(of) for of in expected]
+        ended += ends
+    assert ended >= 4
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Spare(steps=-1), "-1 steps"),
+        (lambda: Spare(steps=3, pointers=0), "0 pointers"),
+        (lambda: Nearest(k=0), "0 neighbours"),
+        (lambda: Nearest(probes=0), "0 lists"),
+        (lambda: Nearest(metric="cosine"), "nearness by 'cosine'; expected one of l2, inner_product"),
+    ],
+)
+def test_what_cannot_be_looked_up_is_said_in_one_line(make, said):
+    """Wrong settings are told when they are made."""
+    with pytest.raises(UsageError, match=said):
+        make()
 
 
 def test_pointers_hang_on_what_is_stored_alone(model, model_dir, control, documents, store, tmp_path):
