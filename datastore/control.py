@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from silo.documents import Document
 from silo.errors import LicenseError, UsageError
 from silo.files import canonical_json, read_array, read_checked, sha256, write_array, write_file
 from silo.licensing import Policy
+from silo.retrieval import Metric
 
 if TYPE_CHECKING:
     from silo.language_model import LanguageModel
@@ -83,31 +85,48 @@ class ControlPlane:
         """Give the list (n,) int32 and the code (n, bytes) uint8 of each key (n, dimension), each a function of its key
         alone, bit for bit."""
         keys = np.ascontiguousarray(keys)
-        return self._nearest(keys), self.quantizer().compute_codes(keys)
+        return self.nearest(keys, 1)[:, 0].astype(np.int32), self.quantizer().compute_codes(keys)
 
-    def _nearest(self, keys: np.ndarray) -> np.ndarray:
-        """The centroid nearest to each key.
+    def nearest(self, keys: np.ndarray, count: int, metric: Metric = "l2") -> np.ndarray:
+        """The ``count`` lists (n, count) whose centroids are nearest to each key (n, dimension), in any order.
 
         FAISS multiplies matrices, which is quick, but the last bits of its distances depend on the keys that share the
-        product. So where the second nearest is within what rounding may do (for a product of n terms at most n units in
+        product. So where the next centroid is within what rounding may do (for a product of n terms at most n units in
         the last place, Higham 2002, equation 3.5; here twice that for each of both), the key is looked up once more in
         a way in which each has its own sums.
         """
-        index = self.coarse_index()
-        if len(self.centroids) == 1:
-            return np.zeros(len(keys), dtype=np.int32)
-        distances, found = index.search(keys, 2)
-        lists = found[:, 0].astype(np.int32)
-        longest = np.sqrt((self.centroids.astype(np.float64) ** 2).sum(axis=1).max())
-        reach = (np.sqrt((keys.astype(np.float64) ** 2).sum(axis=1)) + longest) ** 2
-        close = np.flatnonzero(distances[:, 1] - distances[:, 0] <= 4 * self.dimension * 2.0**-24 * reach)
+        count = min(count, len(self.centroids))
+        if count == len(self.centroids):
+            return np.tile(np.arange(count), (len(keys), 1))
+        index, keys = self._coarse[metric], np.ascontiguousarray(keys)
+        distances, found = index.search(keys, count + 1)
+        lists = found[:, :count]
+        reach = (np.sqrt((keys.astype(np.float64) ** 2).sum(axis=1)) + self._longest) ** 2
+        apart = np.abs(distances[:, count] - distances[:, count - 1])
+        close = np.flatnonzero(apart <= 4 * self.dimension * 2.0**-24 * reach)
         for start in range(0, len(close), BATCH_BELOW_BLAS):
             chosen = close[start : start + BATCH_BELOW_BLAS]
-            lists[chosen] = index.search(keys[chosen], 1)[1][:, 0]
+            lists[chosen] = index.search(keys[chosen], count)[1]
         return lists
 
+    @cached_property
+    def _coarse(self) -> dict[Metric, faiss.IndexFlat]:
+        """The centroids by what is near."""
+        indexes: dict[Metric, Any] = {
+            "l2": faiss.IndexFlatL2(self.dimension),
+            "inner_product": faiss.IndexFlatIP(self.dimension),
+        }
+        for index in indexes.values():
+            index.add(self.centroids)
+        return indexes
+
+    @cached_property
+    def _longest(self) -> float:
+        """The norm of the longest centroid."""
+        return float(np.sqrt((self.centroids.astype(np.float64) ** 2).sum(axis=1).max()))
+
     def coarse_index(self) -> faiss.IndexFlatL2:
-        """The index over the centroids."""
+        """A new index over the centroids, for FAISS's own inverted lists."""
         index = faiss.IndexFlatL2(self.dimension)
         index.add(self.centroids)
         return index

@@ -1,6 +1,6 @@
-"""The keys of a group of shards as inverted lists on disk, which FAISS reads where they lie.
+"""The keys of a group of shards as inverted lists on disk, which are read where they lie.
 
-    lists.bin     each list's codes, then its row numbers; FAISS maps it, so that a store may be larger than memory
+    lists.bin     each list's codes, then its row numbers; it is mapped, so that a store may be larger than memory
     sizes.npy     (lists,) int64, how many keys each list has
     tokens.npy    (rows,) the token that each key predicts: the documents of the group end to end
     begins.npy    (documents + 1,) int64, where each document begins in them
@@ -16,12 +16,14 @@ import ctypes
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
 
+from datastore.codes import Codes
 from datastore.shard import DocumentRow, Shard
 from silo.files import sha256, write_array, write_rows
 
@@ -114,11 +116,45 @@ class KeyGroup:
         self.begins = np.load(directory / "begins.npy", mmap_mode="r")
         self.ids = np.load(directory / "ids.npy", mmap_mode="r")
         self.rows = int(self.begins[-1])
+        capacity = np.asarray(_capacity(self._sizes))
+        self._file = np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.rows else np.zeros(0, np.uint8)
+        self._squares: dict[int, np.ndarray] = {}
+        self._width = len(self._file) // max(1, int(capacity.sum())) - _ROW_BYTES
+        self._begins = np.concatenate([[0], np.cumsum(capacity * (self._width + _ROW_BYTES))[:-1]])
 
     @property
     def lengths(self) -> np.ndarray:
         """(documents,) int64, how many rows each document has."""
         return np.diff(self.begins)
+
+    def list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The codes (n, bytes) uint8 and the row numbers (n,) int64 of an inverted list, where they lie."""
+        size, begin = int(self._sizes[number]), int(self._begins[number])
+        rows = begin + int(_capacity(size)) * self._width
+        return (
+            self._file[begin : begin + size * self._width].reshape(size, self._width),
+            self._file[rows : rows + size * _ROW_BYTES].view(np.int64),
+        )
+
+    def squares(self, number: int, codes: Codes) -> np.ndarray:
+        """:meth:`Codes.squares` of the keys of a list, (n,); kept from when they are first asked for, 4 bytes a key."""
+        if number not in self._squares:
+            self._squares[number] = codes.squares(self.list(number)[0])
+        return self._squares[number]
+
+    def codes(self, rows: np.ndarray) -> np.ndarray:
+        """The codes (n, bytes) of rows (n,), numbered from the group's first."""
+        every_byte = (max(0, len(self._file) - self._width + 1), self._width)
+        return np.lib.stride_tricks.as_strided(self._file, every_byte, (1, 1), writeable=False)[self._places[rows]]
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """(rows,) int64, where in the file each row's code begins: 8 bytes a row, in memory."""
+        places = np.empty(self.rows, dtype=np.int64)
+        for number, begin in enumerate(self._begins.tolist()):
+            _, rows = self.list(number)
+            places[rows - self.first_row] = begin + np.arange(len(rows)) * self._width
+        return places
 
     def inverted_lists(self, code_size: int) -> faiss.OnDiskInvertedLists:
         """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted."""

@@ -22,7 +22,6 @@ from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
-from datastore.knn import NeighbourIndex
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.ngrams import NgramIndex
 from datastore.selection import Selection
@@ -35,6 +34,7 @@ from silo.files import read_checked
 from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
+    from datastore.knn import NeighbourIndex
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture

@@ -11,7 +11,6 @@ import numpy as np
 from datastore.blocks import BlockIndex, selected_blocks
 from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
-from datastore.knn import NeighbourIndex
 from datastore.ngrams import NgramIndex
 from datastore.suffixes import Suffixes
 from silo.retrieval import PROBES, Metric
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from datastore.control import ControlPlane
+    from datastore.knn import NeighbourIndex
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
@@ -65,6 +65,8 @@ class View:
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index, mapped from disk; ``probes`` and ``metric`` are as in :class:`silo.nearest.Nearest`."""
         groups = [keys for _, keys in self._groups]
+        from datastore.knn import NeighbourIndex  # which needs torch
+
         return NeighbourIndex(groups, self._control, self._selected, probes=probes, metric=metric)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:

@@ -1,6 +1,6 @@
 """Does a PEER layer that grows while it is trained learn more than one that does not?
 
-    python scripts/grow_experts.py CORPUS/{books_pd,gov_pd,docs_sw,docs_by}.jsonl.zst --out DIR > growth.json
+    python scripts/grow_experts.py CORPUS/{books_pd,gov_pd,docs_sw,docs_by}.jsonl.zst --out DIR > grown_experts.json
 
 A model with 16,384 experts is trained. From there it goes on twice, on the same further text in the same order, with
 the same learning rate, which rises anew: as it is, and with 65,536 experts (`silo train init=MODEL

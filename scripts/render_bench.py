@@ -170,7 +170,7 @@ def loops(peers: dict[str, Any]) -> str:
     )
     return f"""
 Neighbours alone, {peers["k"]} of {peers["probes"]} lists, in others' own loops over the same keys and codes: {told}. \
-Of their distances {peers["equal_distances"]:.2%} are ours.
+Of their distances {peers["same_distances"]:.2%} are ours, to a thousandth.
 """
 
 

@@ -246,7 +246,7 @@ checkpoint is written and synced every 500 steps, unless a recipe says otherwise
 
 SECTIONS = {
     "experts": experts,
-    "growth": growth,
+    "grown_experts": growth,
     "model": model,
     "model_not_fused": model,
     "training_step": training_step,

@@ -15,7 +15,7 @@ import torch
 from silo.in_context import BlockReading, InContext, read_in_context
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
-from silo.nearest import Nearest
+from silo.nearest import Asked, Nearest, read_neighbours
 from silo.past import Past
 from silo.readings import Evidence, ModelReading, NeighbourReading, NgramReading, Temperature
 from silo.retrieval import BlockSource, NeighbourSource, NgramMatches, NgramSource, SourceDocument
@@ -23,6 +23,9 @@ from silo.weights import Weighing
 
 MATCHED_TOKENS = 1 << 16
 """Documents of so many tokens together are matched in one pass of the ∞-gram."""
+AHEAD_LOGITS = 1 << 27
+"""Logits, in float32, that wait for the neighbours of their positions: 512 MB. The more positions are asked for at a
+time, the less each costs."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,16 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """Some positions of a document, read by all methods but the neighbours."""
+
+    document: int
+    begin: int
+    asked: Asked
+    ric: BlockReading | None
+
+
+@dataclass(frozen=True)
 class Share:
     """A part of one token's probability and the document that it came from; no document for the model's own."""
 
@@ -155,8 +168,34 @@ class Mixture:
     def read(self, documents: Sequence[np.ndarray]) -> Iterator[tuple[int, Parts]]:
         """Read documents of (n,) tokens in order, each position once; with the number of the document.
 
-        The ∞-gram matches many documents in one pass, which is faster than one by one and gives the same.
+        Neighbours and ∞-grams are looked up for many documents at a time, which is faster than one by one and gives the
+        same.
         """
+        current, past = -1, Past()
+        for pieces in self._ahead(documents):
+            readings = self.read_neighbours([piece.asked for piece in pieces])
+            for piece, knn in zip(pieces, readings, strict=True):
+                if piece.document != current:
+                    current, past = piece.document, Past()
+                asked, end = piece.asked, piece.begin + len(piece.asked.keys)
+                parts = Parts(piece.begin, end, asked.lm, knn, piece.ric, asked.ngram)
+                yield current, past.join(parts, documents[current])
+
+    def _ahead(self, documents: Sequence[np.ndarray]) -> Iterator[list[_Piece]]:
+        """Read by all methods but the neighbours, as far ahead as memory allows."""
+        ahead: list[_Piece] = []
+        numbers = 0
+        for piece in self._pieces(documents):
+            ahead.append(piece)
+            numbers += piece.asked.lm.logits.numel()
+            if self.neighbours is None or numbers > AHEAD_LOGITS:
+                yield ahead
+                ahead, numbers = [], 0
+        if ahead:
+            yield ahead
+
+    def _pieces(self, documents: Sequence[np.ndarray]) -> Iterator[_Piece]:
+        """Read by all methods but the neighbours."""
         start = 0
         while start < len(documents):
             stop, size = start, 0
@@ -166,36 +205,30 @@ class Mixture:
             matches = self.ngrams.match(documents[start:stop]) if self.ngrams is not None else None
             for number in range(start, stop):
                 first = int(matches.begins[number - start]) if matches is not None else 0
-                for parts in self._parts(documents[number], matches, first):
-                    yield number, parts
+                yield from self._of_document(number, documents[number], matches, first)
             start = stop
 
-    def _parts(self, tokens: np.ndarray, matches: NgramMatches | None, first: int) -> Iterator[Parts]:
-        """Read one document, whose contexts begin with number ``first`` of the matches."""
-        begin, past = 0, Past()
+    def _of_document(
+        self, number: int, tokens: np.ndarray, matches: NgramMatches | None, first: int
+    ) -> Iterator[_Piece]:
+        """The same for one document, whose contexts begin with number ``first`` of the matches."""
+        begin = 0
         for keys, logits in self.model.logits(tokens):
             end = begin + len(logits)
-            lm, ric, ngram = ModelReading.of(logits), None, None
+            ric, ngram, own = None, None, tokens[begin:end]
             if self.blocks is not None:
                 ric = read_in_context(self.model, self.blocks, tokens, begin, end, self.in_context)
             if matches is not None and self.ngrams is not None:
-                own = torch.from_numpy(tokens[begin:end].astype(np.int64))
-                ngram = NgramReading(matches, self.ngrams, np.arange(first + begin, first + end), own)
-            knn = self.read_neighbours(keys, tokens[begin:end], lm, ngram)
-            yield past.join(Parts(begin, end, lm, knn, ric, ngram), tokens)
+                contexts = np.arange(first + begin, first + end)
+                ngram = NgramReading(matches, self.ngrams, contexts, torch.from_numpy(own.astype(np.int64)))
+            yield _Piece(number, begin, Asked(keys, own, ModelReading.of(logits), ngram), ric)
             begin = end
 
-    def read_neighbours(
-        self, keys: np.ndarray, tokens: np.ndarray, lm: ModelReading, ngram: NgramReading | None
-    ) -> NeighbourReading | None:
-        """The neighbours of (n, d) keys, where ``tokens`` (n,) stand, of which the last is not looked at; None if
-        neighbours are not used."""
-        source, k, spare = self.neighbours, self.nearest.k, self.nearest.spare
-        if source is None:
-            return None
-        if spare is None:
-            return NeighbourReading(source.search(keys, k), source)
-        return NeighbourReading(spare.neighbours(source, keys, tokens, k, lm, ngram), source)
+    def read_neighbours(self, pieces: Sequence[Asked]) -> Sequence[NeighbourReading | None]:
+        """What the neighbours say of some pieces; None of each if neighbours are not used."""
+        if self.neighbours is None:
+            return [None] * len(pieces)
+        return read_neighbours(self.neighbours, pieces, self.nearest)
 
     def attribute(self, parts: Parts, index: int, token: int, weighing: Weighing) -> list[Share]:
         """Split p(token) at one position exactly into the model's share and one a document and method, largest first.

@@ -11,7 +11,9 @@ next key is near, too (RetoMaton, Alon 2022).
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -19,8 +21,20 @@ from typing import get_args
 import numpy as np
 
 from silo.errors import UsageError
-from silo.readings import ModelReading, NgramReading
+from silo.readings import ModelReading, NeighbourReading, NgramReading
 from silo.retrieval import PROBES, Metric, Neighbours, NeighbourSource
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Successive positions of one text whose neighbours are asked for."""
+
+    keys: np.ndarray
+    """(n, d) float32."""
+    tokens: np.ndarray
+    """(n,) what the text has there; the last is not looked at."""
+    lm: ModelReading
+    ngram: NgramReading | None
 
 
 @dataclass(frozen=True)
@@ -42,20 +56,15 @@ class Spare:
         if self.steps < 0 or self.pointers < 1:
             raise UsageError(f"{self.steps} steps with {self.pointers} pointers; expected 0 or more, and at least 1")
 
-    def neighbours(
-        self,
-        source: NeighbourSource,
-        keys: np.ndarray,
-        tokens: np.ndarray,
-        k: int,
-        lm: ModelReading,
-        ngram: NgramReading | None,
-    ) -> Neighbours:
-        """The neighbours of (n, d) keys, where ``tokens`` (n,) stand, of which the last is not looked at."""
-        where = self.wanted(lm, ngram)
-        if self.steps:
-            return source.follow(keys, tokens, k, steps=self.steps, pointers=self.pointers, wanted=where)
-        return Scattered(source.search(keys[where], k), where)
+    def neighbours(self, source: NeighbourSource, pieces: Sequence[Asked], k: int) -> Neighbours:
+        """The neighbours of all positions of some pieces, end to end. None is followed from one piece to the next."""
+        keys = np.concatenate([piece.keys for piece in pieces])
+        where = np.concatenate([self.wanted(piece.lm, piece.ngram) for piece in pieces])
+        if not self.steps:
+            return Scattered(source.search(keys[where], k), where)
+        tokens = np.concatenate([piece.tokens for piece in pieces])
+        turns = np.concatenate([np.arange(len(piece.keys)) % (self.steps + 1) for piece in pieces])
+        return source.follow(keys, tokens, k, turns=turns, pointers=self.pointers, wanted=where)
 
     def wanted(self, lm: ModelReading, ngram: NgramReading | None) -> np.ndarray:
         """(n,) bool: where there are to be neighbours."""
@@ -84,6 +93,17 @@ class Nearest:
             raise UsageError(f"{self.k} neighbours of {self.probes} lists; expected at least 1 of each")
         if self.metric not in get_args(Metric):
             raise UsageError(f"nearness by {self.metric!r}; expected one of {', '.join(get_args(Metric))}")
+
+
+def read_neighbours(source: NeighbourSource, pieces: Sequence[Asked], nearest: Nearest) -> list[NeighbourReading]:
+    """What the neighbours of some pieces say, all looked up together, which is quicker than one by one."""
+    if nearest.spare is not None:
+        found = nearest.spare.neighbours(source, pieces, nearest.k)
+    else:
+        found = source.search(np.concatenate([piece.keys for piece in pieces]), nearest.k)
+    ends = np.cumsum([len(piece.keys) for piece in pieces]).tolist()
+    cuts = itertools.pairwise([0, *ends])
+    return [NeighbourReading(found.part(begin, end), source) for begin, end in cuts]
 
 
 @dataclass(frozen=True)
@@ -118,3 +138,8 @@ class Scattered:
         out = np.full((len(self.where), rows.shape[1]), nothing, dtype=rows.dtype)
         out[self.where] = rows
         return out
+
+    def part(self, begin: int, end: int) -> Scattered:
+        """Those of some successive positions."""
+        first, last = (int(self.where[:at].sum()) for at in (begin, end))
+        return Scattered(self.found.part(first, last), self.where[begin:end])

@@ -53,6 +53,10 @@ class Neighbours(Protocol):
         """(n, k) int64: where in its document each value stands; 0 where nothing was found."""
         ...
 
+    def part(self, begin: int, end: int) -> Neighbours:
+        """Those of some successive queries."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -73,10 +77,10 @@ class NeighbourSource(Protocol):
         ...
 
     def follow(
-        self, keys: np.ndarray, tokens: np.ndarray, k: int, *, steps: int, pointers: int, wanted: np.ndarray
+        self, keys: np.ndarray, tokens: np.ndarray, k: int, *, turns: np.ndarray, pointers: int, wanted: np.ndarray
     ) -> Neighbours:
-        """The same for successive positions of one text, where a search is followed by ``steps`` queries that take the
-        keys that come next to the last neighbours, unless there are fewer than ``pointers`` of them.
+        """The same where queries with a turn (n,) above 0 follow the one before, whose turn is lower by one: they take
+        the keys that come next to its neighbours, unless there are fewer than ``pointers`` of them.
 
         ``tokens`` (n,) are what the text has at these positions, of which the last is not looked at; queries that are
         not ``wanted``, (n,) bool, have no neighbours.

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from silo.in_context import BlockReading, FoundBlocks, Readings, copy_states, find_blocks, read_blocks
 from silo.mixture import Mixture, Parts
+from silo.nearest import Asked
 from silo.past import Past
 from silo.readings import ModelReading, NgramReading
 
@@ -185,18 +186,26 @@ class Reader:
         """What is said after the inputs in a row from number ``first`` on, where there are keys and logits (n, …) of
         those from number ``at`` on; what comes before is for the past alone."""
         cuts = [*range(at, min(first, at + len(keys)), CHUNK), *range(max(at, first), at + len(keys), CHUNK)]
-        for start, stop in itertools.pairwise([*cuts, at + len(keys)]):
-            part = slice(start - at, stop - at)
+        spans = list(itertools.pairwise([*cuts, at + len(keys)]))
+        pieces = [
+            self._asked(row, start, keys[start - at : stop - at], logits[start - at : stop - at])
+            for start, stop in spans
+        ]
+        for (start, _), asked, knn in zip(spans, pieces, self.mixture.read_neighbours(pieces), strict=True):
             begin = row.position(start)
-            end = begin + stop - start
-            lm, ric, ngram = ModelReading.of(logits[part]), self._blocks(row, begin, end), self._ngrams(row, begin, end)
-            tokens = np.append(row.tokens[begin : end - 1], 0)  # the last may not be there yet
-            knn = self.mixture.read_neighbours(keys[part], tokens, lm, ngram)
-            parts = Parts(begin, end, lm, knn, ric, ngram)
+            end = begin + len(asked.keys)
+            parts = Parts(begin, end, asked.lm, knn, self._blocks(row, begin, end), asked.ngram)
             if self.history:
                 parts = row.past.join(parts, row.tokens)
             if start >= first:
                 yield parts
+
+    def _asked(self, row: Row, start: int, keys: np.ndarray, logits: torch.Tensor) -> Asked:
+        """What is known of the positions after the inputs from number ``start`` on before their neighbours are."""
+        begin = row.position(start)
+        end = begin + len(keys)
+        tokens = np.append(row.tokens[begin : end - 1], 0)  # the last may not be there yet
+        return Asked(keys, tokens, ModelReading.of(logits), self._ngrams(row, begin, end))
 
     def _ngrams(self, row: Row, begin: int, end: int) -> NgramReading | None:
         """Match the contexts of some positions, which come after those that were matched before."""

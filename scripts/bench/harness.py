@@ -129,8 +129,8 @@ def compete(
     return Contest({clock: {name: each[1:] for name, each in of.items()} for clock, of in spent.items()})
 
 
-def alike(tolerance: float = 0.0) -> Judge:
-    """A judge who wants the same numbers from all, to a relative tolerance."""
+def alike(tolerance: float = 0.0, absolute: float = 0.0) -> Judge:
+    """A judge who wants the same numbers from all, to a relative tolerance and an absolute one."""
 
     def judge(given: dict[str, Any]) -> str:
         (first, wanted), *others = given.items()
@@ -139,7 +139,7 @@ def alike(tolerance: float = 0.0) -> Judge:
             found = np.asarray(each)
             if found.shape != wanted.shape:
                 return f"{name} gave {found.shape} numbers and {first} {wanted.shape}"
-            apart = ~np.isclose(found, wanted, rtol=tolerance, atol=0)
+            apart = ~np.isclose(found, wanted, rtol=tolerance, atol=absolute)
             if apart.any():
                 at = tuple(int(index) for index in np.argwhere(apart)[0])
                 place = ", ".join(map(str, at))
@@ -147,6 +147,12 @@ def alike(tolerance: float = 0.0) -> Judge:
         return ""
 
     return judge
+
+
+def as_near(given: dict[str, Any]) -> str:
+    """A judge who wants the same squared distances from all, where some round queries to the grid of the codes, which
+    moves them by about a thousandth of their length."""
+    return alike(1e-3, absolute=0.02)({name: np.sqrt(each) for name, each in given.items()})
 
 
 def exponent(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> Measured:

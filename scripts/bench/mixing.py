@@ -271,9 +271,12 @@ def beside_peers(
     counts = {"ours": len(keys), SILO: queries, TRANSFORMERS: queries - 1}  # the hook leaves out the last position
     theirs, rows = index.search(first[0], K)
     theirs[rows < 0] = np.inf
+    near = own.search(
+        first[0], K
+    ).distances  # of queries that are rounded to the codes' grid, which moves them a little
     return {
         "probes": PROBES,
         "k": K,
-        "equal_distances": float((theirs == own.search(first[0], K).distances).mean()),
+        "same_distances": float(np.isclose(np.sqrt(near), np.sqrt(theirs), rtol=1e-3, atol=1e-3).mean()),
         **in_turns(calls, counts, "ours", rounds),
     }

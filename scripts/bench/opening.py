@@ -26,7 +26,7 @@ from recording import files_hash
 from bench import ceiling
 from bench.ceiling import Ceiling, Work
 from bench.growth import OWNED_TOKENS, OWNERS, make_stores
-from bench.harness import alike, compete, moved, say, subject
+from bench.harness import as_near, compete, moved, say, subject
 from bench.mixing_peers import merged_index
 from datastore.store import Store
 from silo.documents import Document
@@ -94,7 +94,7 @@ def beside_faiss(stores: dict[int, Store], file: Path, key: np.ndarray, roof: Ce
 
     calls = {f"silo, {n:,} owners": ours(store.path) for n, store in stores.items()}
     calls |= {"FAISS, read": theirs(0), "FAISS, mapped": theirs(faiss.IO_FLAG_MMAP)}
-    contest = compete(calls, rounds, judge=alike(1e-6))
+    contest = compete(calls, rounds, judge=as_near)
     shares = {}
     for name in calls:
         with moved() as total:

@@ -32,7 +32,7 @@ from recording import files_hash
 
 from bench import ceiling
 from bench.ceiling import Work
-from bench.harness import Contest, alike, compete, say, subject
+from bench.harness import Contest, as_near, compete, say, subject
 from datastore.control import ControlPlane
 from datastore.shard import Encoded
 from datastore.store import Selection, Store
@@ -213,15 +213,15 @@ def neighbours(
     opened = {n: stores[n].neighbours() for n in SEARCHED}
     calls: dict[str, Callable[[], Any]] = {"merged": lambda: merged.search(queries, NEIGHBOURS)}
     calls |= {str(n): lambda index=index: index.search(queries, NEIGHBOURS) for n, index in opened.items()}  # type: ignore[misc]
-    contest = compete(calls, rounds, units=dict.fromkeys(calls, len(queries)), judge=as_near)
+    contest = compete(calls, rounds, units=dict.fromkeys(calls, len(queries)), judge=same_neighbours)
     return rates(contest, "merged")
 
 
-def as_near(given: dict[str, Any]) -> str:
+def same_neighbours(given: dict[str, Any]) -> str:
     """A judge who wants the distances that FAISS found, its first."""
     theirs, rows = given["merged"]
-    wanted = {"merged": np.where(rows < 0, np.inf, theirs)}
-    return alike(1e-6)(wanted | {n: found.distances for n, found in given.items() if n != "merged"})
+    found = {n: of.distances for n, of in given.items() if n != "merged"}
+    return as_near({"merged": np.where(rows < 0, np.inf, theirs)} | found)
 
 
 def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:

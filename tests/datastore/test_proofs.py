@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -83,7 +84,8 @@ def test_a_control_plane_of_restricted_text_is_found_out(prove, proof):
 
 def test_neighbours_tied_in_another_order_are_found_out(prove, proof, monkeypatch):
     """If equal distances came in the order of rows, which groups decide, the comparison would fail."""
-    monkeypatch.setattr(knn.NeighbourIndex, "_order", lambda self, distances, rows: rows.argsort(kind="stable"))
+    by_row = lambda self, queries, distances, rows: np.lexsort((rows, distances, queries))  # noqa: E731
+    monkeypatch.setattr(knn.NeighbourIndex, "_tie_order", by_row)
     steps = prove.history(proof, random.Random(1), 4)["steps"]
     assert not all(step["equal"]["neighbours"] for step in steps)
     assert not prove.exact(steps)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from datastore import groups
+from datastore import groups, lists
 from datastore.selection import Selection
 from datastore.store import Store
 
@@ -100,17 +100,13 @@ def test_view_reads_the_rows_of_mixed_shards_only(many, monkeypatch):
 
 
 def test_bits_of_groups_that_share_a_byte():
-    """The bit of each row number is set just for the rows of selected documents, wherever groups begin."""
-    from datastore.knn import _bits
-
+    """The bit of each row number is set just for the rows that can be found, wherever groups begin."""
     rng = np.random.default_rng(0)
-    at, pairs, wanted = 3, [], []
-    for documents in (1, 5, 2, 9):
-        lengths = rng.integers(1, 12, size=documents)
-        mask = rng.random(documents) < 0.5
-        keys = SimpleNamespace(first_row=at, rows=int(lengths.sum()), lengths=lengths)
-        pairs.append((keys, mask if documents != 2 else None))
-        chosen = np.repeat(mask if documents != 2 else np.ones(2, bool), lengths)
-        wanted += (at + np.flatnonzero(chosen)).tolist()
-        at += int(lengths.sum())
-    assert np.flatnonzero(np.unpackbits(_bits(pairs), bitorder="little")).tolist() == wanted
+    at, known, masks, wanted = 3, [], [], []
+    for rows in (1, 25, 8, 50):
+        mask = None if rows == 8 else rng.random(rows) < 0.5
+        known.append(SimpleNamespace(first_row=at, rows=rows))
+        masks.append(mask)
+        wanted += (at + np.flatnonzero(np.ones(rows, bool) if mask is None else mask)).tolist()
+        at += rows
+    assert np.flatnonzero(np.unpackbits(lists._bits(known, masks), bitorder="little")).tolist() == wanted

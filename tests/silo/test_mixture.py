@@ -268,7 +268,11 @@ class Nothing:
         shape = (len(queries), k)
         none = np.zeros(shape, dtype=np.int64)
         found = np.full(shape, np.inf, dtype=np.float32)
-        return SimpleNamespace(distances=found, values=none, documents=none - 1, positions=none)
+        return SimpleNamespace(distances=found, values=none, documents=none - 1, positions=none, part=self.part)
+
+    def part(self, begin, end):
+        """As many that are not there."""
+        return self.search(range(begin, end), 8)
 
     def document(self, index: int) -> SourceDocument:
         """Never asked for."""

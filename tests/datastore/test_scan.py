@@ -1,0 +1,139 @@
+"""Neighbours of many queries and of few: the same bits, whichever way they are found."""
+
+# ruff: noqa: F401, F811 (fixtures of another file)
+
+import numpy as np
+import pytest
+import torch
+
+from datastore import knn, scan
+from datastore.control import ControlPlane
+from datastore.queries import prepare
+from tests.datastore.test_knn import (
+    DIMENSION,
+    cloud,
+    encoded,
+    index_of,
+    plane,
+    queries_of,
+    same_answers,
+    shards_of,
+)
+
+METRICS = ("l2", "inner_product")
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """A function that makes searches go one way: lists read once for all queries, or by FAISS for each."""
+    return lambda each: monkeypatch.setattr(knn, "QUERIES_PER_LIST", 1e9 if each else 0)
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 200])
+def test_both_ways_give_the_same_bits(index_of, encoded, plane, both, k):
+    """With ties at the last place and without."""
+    index, queries = index_of(shards_of(encoded, by=lambda n: n % 7), to_a_group=2), queries_of(encoded, plane, 200)
+    both(True)
+    one_by_one = index.search(queries, k)
+    both(False)
+    assert same_answers(index.search(queries, k), one_by_one)
+
+
+def test_what_faiss_left_out_is_found(index_of, encoded, plane, both, monkeypatch):
+    """Where as many are as near as the k-th as were fetched, or more, the lists are scanned; nowhere else."""
+    index, queries = index_of(shards_of(encoded, by=lambda n: n % 7)), queries_of(encoded, plane)
+    scanned, real = [], knn.NeighbourIndex._scanned
+    monkeypatch.setattr(
+        knn.NeighbourIndex, "_scanned", lambda self, of, *rest: scanned.append(len(of)) or real(self, of, *rest)
+    )
+    both(True)
+    found = index.search(queries, 20)  # of sixty that are equal, 52 are fetched
+    assert 0 < sum(scanned) < 9  # the repeated key, and some that are nearest to it
+    both(False)
+    assert same_answers(index.search(queries, 20), found)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_other_queries_change_nothing(index_of, encoded, plane, both, metric):
+    """Searched for alone, in any company or in any order, and by any number of threads, a query has one answer."""
+    index, queries = index_of(shards_of(encoded, by=lambda n: n % 3)), queries_of(encoded, plane, 300)
+    index._metric = metric
+    both(False)
+    distances, rows = index._search_all(queries, 33)
+    order = np.random.default_rng(0).permutation(len(queries))
+    threads = torch.get_num_threads()
+    for used in (1, 3):
+        torch.set_num_threads(used)
+        try:
+            for at in ([0], order, order[:20], np.repeat(order[:9], 40)):
+                again = index._search_all(queries[at], 33)
+                assert again[0].tobytes() == distances[at].tobytes()
+                assert again[1].tobytes() == rows[at].tobytes()
+        finally:
+            assert torch.get_num_threads() == used
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BLOCK_NUMBERS", 5 * DIMENSION),
+        ("KEYS_AT_ONCE", 9),
+        ("QUERIES_AT_ONCE", 4),
+        ("PENDING", 50),
+        ("QUERIES_FINISHED", 3),
+    ],
+)
+def test_how_much_is_done_at_a_time_changes_nothing(index_of, encoded, plane, both, monkeypatch, name, value):
+    """Blocks, parts of lists, products, pending candidates: however small, the same bits."""
+    index, queries = index_of(shards_of(encoded, by=lambda n: n % 7), to_a_group=2), queries_of(encoded, plane, 100)
+    both(False)
+    expected = index.search(queries, 25)
+    monkeypatch.setattr(scan, name, value)
+    assert same_answers(index.search(queries, 25), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_products_are_exact(metric):
+    """The products of rounded queries with codes are what whole numbers of 64 bits give, at the largest codes too."""
+    rng = np.random.default_rng(0)
+    codes = ControlPlane.fit(rng.normal(size=(4096, 200)).astype(np.float32), []).codes
+    keys = (rng.normal(size=(50, 200)) * rng.lognormal(size=(50, 1))).astype(np.float32)
+    queries = prepare(codes, keys, metric)
+    stored = rng.integers(256, size=(300, 200), dtype=np.uint8)
+    stored[:50] = np.where(queries._weights.numpy() > 0, 255, 0)  # the largest sums that there can be
+    whole, products = torch.empty(300, 200), torch.empty(50, 300)
+    queries.decode(stored, whole)
+    queries.products(whole, products)
+    expected = queries._weights.numpy().astype(np.int64) @ (stored.astype(np.int64) - 128).T
+    np.testing.assert_array_equal(products.numpy().astype(np.int64), expected)
+    assert 2**23 < np.abs(expected).max() <= 2**24
+
+
+def test_queries_are_moved_by_little():
+    """By some thousandth of their length: a fifth of what codes move keys by, or less; distances are from there."""
+    rng = np.random.default_rng(1)
+    known = (rng.normal(size=(4096, 192)) * rng.uniform(0.1, 3, size=192)).astype(np.float32)
+    codes = ControlPlane.fit(known, []).codes
+    keys = known[:200]
+    queries = prepare(codes, keys, "l2")
+    moved = np.linalg.norm(queries.keys - keys, axis=1)
+    stored = codes.quantizer().compute_codes(keys)
+    decoded = codes.quantizer().decode(stored)
+    assert (moved / np.linalg.norm(keys, axis=1)).max() < 2e-3
+    assert np.median(moved / np.linalg.norm(decoded - keys, axis=1)) < 0.2
+    far = ((queries.keys.astype(np.float64) - decoded[::-1]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(queries.measured(stored[::-1].copy()), far, rtol=1e-5)
+
+
+def test_constant_coordinates_cost_nothing(both, index_of):
+    """A coordinate that all keys of the control text share has no step, and no query is lost to it."""
+    rng = np.random.default_rng(2)
+    known = cloud(rng, 4096)
+    known[:, 3] = 0.5
+    codes = ControlPlane.fit(known, []).codes
+    queries = prepare(codes, known[:9] + 1, "l2")
+    stored = codes.quantizer().compute_codes(known[:9])
+    far = ((queries.keys - codes.quantizer().decode(stored)) ** 2).sum(axis=1)
+    np.testing.assert_allclose(queries.measured(stored), far, rtol=1e-4)
+    assert np.isfinite(prepare(codes, np.zeros((2, DIMENSION), np.float32), "inner_product").measured(stored[:2])).all()
