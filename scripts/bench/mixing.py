@@ -184,18 +184,18 @@ def quantile_of_lookups(lm: LanguageModel, store: Store, texts: list[Text], read
 
 
 def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_keys: bool) -> dict[str, Any]:
-    """Searches by how many lists are read and how many neighbours are taken; the perplexity is that of the model,
+    """Searches, all texts together, by how many lists are read and how many neighbours are taken; the perplexity is that of the model,
     neighbours and the ∞-gram."""
-    keys = [np.concatenate([of for of, _ in lm.logits(each.tokens)]) for each in texts]
+    keys = np.concatenate([of for each in texts for of, _ in lm.logits(each.tokens)])
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, float] = {}
     for probes, k in CURVE:
         index = store.neighbours(probes=probes)
-        calls[f"{probes} probes, k = {k}"] = lambda index=index, k=k: [index.search(of, k).values for of in keys]
+        calls[f"{probes} probes, k = {k}"] = lambda index=index, k=k: index.search(keys, k).values
         if own_keys:
             mixture = Mixture(lm, neighbours=index, ngrams=store.ngrams())
             found[f"{probes} probes, k = {k}"] = perplexity_of(nearest(score(mixture, texts), k), mixture.methods)
-    tokens = sum(map(len, keys))
+    tokens = len(keys)
     timed = in_turns(calls, dict.fromkeys(calls, tokens), f"{PROBES} probes, k = {Nearest().k}", rounds)
     return {"perplexity": found, **timed}
 
@@ -256,9 +256,10 @@ def beside_peers(
     own = store.neighbours()
 
     def ours() -> None:
+        found = own.search(keys, K)
         for begin in range(0, len(keys), PASSAGE_TOKENS):
-            at = slice(begin, begin + PASSAGE_TOKENS)
-            reading = NeighbourReading(own.search(keys[at], K), own)
+            at = slice(begin, min(len(keys), begin + PASSAGE_TOKENS))
+            reading = NeighbourReading(found.part(at.start, at.stop), own)
             given_by = {"lm": lm_given[at], "knn": reading.probability(torch.from_numpy(tokens[at]), 1.0)}
             interpolate(given_by, {"lm": 0.75, "knn": 0.25}).log()
 

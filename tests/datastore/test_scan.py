@@ -2,6 +2,8 @@
 
 # ruff: noqa: F401, F811 (fixtures of another file)
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,18 @@ from tests.datastore.test_knn import (
 )
 
 METRICS = ("l2", "inner_product")
+
+
+@contextlib.contextmanager
+def of_threads(count):
+    """Compute with so many threads, and see that there are as many after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -61,17 +75,12 @@ def test_other_queries_change_nothing(index_of, encoded, plane, both, metric):
     both(False)
     distances, rows = index._search_all(queries, 33)
     order = np.random.default_rng(0).permutation(len(queries))
-    threads = torch.get_num_threads()
     for used in (1, 3):
-        torch.set_num_threads(used)
-        try:
+        with of_threads(used):
             for at in ([0], order, order[:20], np.repeat(order[:9], 40)):
                 again = index._search_all(queries[at], 33)
                 assert again[0].tobytes() == distances[at].tobytes()
                 assert again[1].tobytes() == rows[at].tobytes()
-        finally:
-            assert torch.get_num_threads() == used
-            torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,8 @@ def test_how_much_is_done_at_a_time_changes_nothing(index_of, encoded, plane, bo
     both(False)
     expected = index.search(queries, 25)
     monkeypatch.setattr(scan, name, value)
-    assert same_answers(index.search(queries, 25), expected)
+    with of_threads(2):
+        assert same_answers(index.search(queries, 25), expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
