@@ -184,8 +184,8 @@ def quantile_of_lookups(lm: LanguageModel, store: Store, texts: list[Text], read
 
 
 def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_keys: bool) -> dict[str, Any]:
-    """Searches, all texts together, by how many lists are read and how many neighbours are taken; the perplexity is that of the model,
-    neighbours and the ∞-gram."""
+    """Searches, of all texts together, by how many lists are read and how many neighbours are taken; the perplexity is
+    that of the model, neighbours and the ∞-gram."""
     keys = np.concatenate([of for each in texts for of, _ in lm.logits(each.tokens)])
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, float] = {}
