@@ -90,11 +90,9 @@ class Codes:
     def squares(self, codes: np.ndarray) -> np.ndarray:
         """What :meth:`datastore.queries.Queries.finish` wants of keys besides their products: (n,) float32, each a
         function of its code (bytes,) alone, bit for bit."""
-        return self.squares_of(whole(codes)) if self.name == "sq8" else np.zeros(len(codes), dtype=np.float32)
-
-    def squares_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The same for codes of ``sq8`` as whole numbers (n, dimension) float32."""
-        scaled = numbers * self.step
+        if self.name != "sq8":
+            return np.zeros(len(codes), dtype=np.float32)
+        scaled = (codes ^ np.uint8(128)).view(np.int8).astype(np.float32) * self.step
         return np.einsum("ij,ij->i", scaled, scaled)
 
     def index(self, coarse: faiss.IndexFlat, lists: int, metric: Metric = "l2") -> Any:
@@ -112,8 +110,3 @@ class Codes:
             index.pq, index.by_residual = quantizer, False
         index.is_trained = True
         return index
-
-
-def whole(codes: np.ndarray) -> np.ndarray:
-    """The whole numbers from -128 to 127, float32, that codes of ``sq8`` (n, dimension) uint8 stand for."""
-    return (codes ^ np.uint8(128)).view(np.int8).astype(np.float32)

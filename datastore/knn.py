@@ -21,7 +21,7 @@ import numpy as np
 from datastore.control import ControlPlane
 from datastore.keys import KeyGroup
 from datastore.lists import StackedLists
-from datastore.queries import Queries, prepare
+from datastore.queries import Queries, Workspace, prepare
 from datastore.scan import Scan, in_threads, tables
 from silo.retrieval import PROBES, Metric, SourceDocument
 
@@ -30,8 +30,8 @@ QUERIES_PER_LIST = 8
 """From so many queries to a list on, reading each list once is quicker than reading it for each query."""
 SPARE = 32
 """Neighbours that are fetched beyond k where FAISS reads the lists."""
-MEASURED_AT_ONCE = 1 << 11
-"""Keys that are decoded at a time to be measured."""
+MEASURED_AT_ONCE = 16
+"""Queries whose keys are measured at a time."""
 
 
 class NeighbourIndex:
@@ -68,6 +68,7 @@ class NeighbourIndex:
             None if mask is None or mask.all() else np.repeat(mask, group.lengths) for group, mask in pairs
         ]
         self._control, self._probes, self._metric = control, probes, metric
+        self._space = Workspace()
         self._stacked = StackedLists(self._groups, control, self._selected)
         self._usual = np.float32((control.centroids.astype(np.float64) ** 2).sum(axis=1).mean())
 
@@ -167,20 +168,22 @@ class NeighbourIndex:
     def _measured(self, asked: Queries, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distances and rows (n, k), nearest first, of n queries to given rows; -1 is infinitely far."""
         distances = np.full(rows.shape, np.inf, dtype=np.float32)
-        query, place = np.nonzero(rows >= 0)
 
-        def measure(at: slice) -> None:
-            of, column = query[at], place[at]
-            distances[of, column] = asked.chosen(of).measured(self._codes(rows[of, column]))
+        def measure(at: np.ndarray) -> None:
+            there = rows[at] >= 0
+            codes = self._codes(np.where(there, rows[at], self._groups[0].first_row))
+            distances[at] = np.where(there, asked.chosen(at).measured(codes, self._space), np.inf)
 
-        starts = range(0, len(query), MEASURED_AT_ONCE)
-        for _ in in_threads(measure, [slice(start, start + MEASURED_AT_ONCE) for start in starts]):
+        numbers = np.arange(len(rows))
+        for _ in in_threads(measure, np.split(numbers, numbers[MEASURED_AT_ONCE::MEASURED_AT_ONCE])):
             pass
         return self._ordered(distances, rows)
 
     def _codes(self, rows: np.ndarray) -> np.ndarray:
-        """The codes (n, bytes) of rows (n,)."""
-        codes = np.empty((len(rows), self._control.codes.size), dtype=np.uint8)
+        """The codes (…, bytes) of rows (…,)."""
+        if len(self._groups) == 1:
+            return self._groups[0].codes(rows - self._groups[0].first_row)
+        codes = np.empty((*rows.shape, self._control.codes.size), dtype=np.uint8)
         for _, group, chosen, within in _by_group(self._groups, rows):
             codes[chosen] = group.codes(within)
         return codes

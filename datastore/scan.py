@@ -23,7 +23,7 @@ import torch
 
 from datastore.codes import Codes
 from datastore.keys import KeyGroup
-from datastore.queries import Queries
+from datastore.queries import Queries, Workspace
 
 BLOCK_NUMBERS = 1 << 18
 """Coordinates that are decoded at a time: what the processor's cache holds."""
@@ -57,20 +57,6 @@ class Candidates(NamedTuple):
         """All of some."""
         nothing = (np.zeros(0, kind) for kind in (np.int32, np.float32, np.int64))
         return cls(*(np.concatenate(each) for each in zip(nothing, *parts, strict=True)))
-
-
-class Workspace(threading.local):
-    """Memory that is used again and again, one for each thread: to have it given by the system each time, page by page,
-    takes as long as to compute in it."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """(rows, columns) float32, with whatever was left in it."""
-        if name not in self._kept or self._kept[name].numel() < rows * columns:
-            self._kept[name] = torch.empty(rows * columns)
-        return self._kept[name][: rows * columns].view(rows, columns)
 
 
 class Scan:

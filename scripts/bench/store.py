@@ -45,7 +45,8 @@ from silo.sources import open_source
 from training.flops import flops_per_token
 
 NEIGHBOURS = 256
-QUERIES = 1024
+QUERIES, FEW_QUERIES = 8192, 256
+"""So many at a time that lists are read once for all of them, and so few that FAISS reads them for each."""
 LARGE = "the owner of much"
 SEARCHED = (1, 4, 200, 2000)
 BUILT_TOKENS = 200_000
@@ -78,13 +79,15 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
         small, large = encoded[:cut], [owned(each, LARGE) for each in encoded[cut:]]
         say(f"{rows[-1]:,} keys in {encoding:.0f} s")
         stores = {n: build(root / f"owners-{n}", lm, model, plane, small, n) for n in (1, 4, 10, 200, 1000, 2000)}
-        queries = plane.quantizer().decode(np.concatenate([each.codes for each in small[:40]]))[:QUERIES]
+        queries = plane.quantizer().decode(np.concatenate([each.codes for each in small[:200]]))[:QUERIES]
         result = {
             "keys": int(rows[cut - 1]),
             "groups": {n: len(store.manifest.groups) for n, store in stores.items()},
             "building": building(root, lm, model, plane, restricted, rounds),
             "opening": {n: opening(stores[n], rounds) for n in (10, 1000)},
             "neighbours": neighbours(stores, plane, small, queries, rounds),
+            "few_neighbours": neighbours(stores, plane, small, queries[:FEW_QUERIES], rounds),
+            "queries": {"neighbours": len(queries), "few_neighbours": FEW_QUERIES},
             "blocks": blocks(stores, lm, small, rounds),
             "removal": removal(root, stores, large, rounds, encoding / rows[-1]),
         }

@@ -10,7 +10,7 @@ import torch
 
 from datastore import knn, scan
 from datastore.control import ControlPlane
-from datastore.queries import prepare
+from datastore.queries import Workspace, prepare
 from tests.datastore.test_knn import (
     DIMENSION,
     cloud,
@@ -133,7 +133,7 @@ def test_queries_are_moved_by_little():
     assert (moved / np.linalg.norm(keys, axis=1)).max() < 2e-3
     assert np.median(moved / np.linalg.norm(decoded - keys, axis=1)) < 0.2
     far = ((queries.keys.astype(np.float64) - decoded[::-1]) ** 2).sum(axis=1)
-    np.testing.assert_allclose(queries.measured(stored[::-1].copy()), far, rtol=1e-5)
+    np.testing.assert_allclose(queries.measured(stored[::-1, None], Workspace())[:, 0], far, rtol=1e-5)
 
 
 def test_constant_coordinates_cost_nothing(both, index_of):
@@ -145,5 +145,6 @@ def test_constant_coordinates_cost_nothing(both, index_of):
     queries = prepare(codes, known[:9] + 1, "l2")
     stored = codes.quantizer().compute_codes(known[:9])
     far = ((queries.keys - codes.quantizer().decode(stored)) ** 2).sum(axis=1)
-    np.testing.assert_allclose(queries.measured(stored), far, rtol=1e-4)
-    assert np.isfinite(prepare(codes, np.zeros((2, DIMENSION), np.float32), "inner_product").measured(stored[:2])).all()
+    np.testing.assert_allclose(queries.measured(stored[:, None], Workspace())[:, 0], far, rtol=1e-4)
+    zeros = prepare(codes, np.zeros((2, DIMENSION), np.float32), "inner_product")
+    assert np.isfinite(zeros.measured(stored[:2, None], Workspace())).all()
