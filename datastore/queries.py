@@ -117,12 +117,16 @@ class GridQueries:
         """As :meth:`Queries.beyond`."""
         unit = (self.dimension + 8) * 2.0**-24
         far = np.minimum(distances.astype(np.float64), np.finfo(np.float32).max)  # that is, also what is infinitely far
-        return far * (1 - unit) - unit * (2 * np.sqrt(self._squares) + np.sqrt(far)) ** 2
+        length = np.sqrt(
+            np.maximum(self._squares, np.einsum("ij,ij->i", self.keys, self.keys))
+        )  # FAISS's has no middle
+        return far * (1 - unit) - unit * (2 * length + np.sqrt(far)) ** 2
 
     def chosen(self, which: np.ndarray) -> Self:
         """As :meth:`Queries.chosen`."""
         some, at = copy.copy(self), torch.from_numpy(which)
         some._weights, some._unit, some._constant = (each[at] for each in (self._weights, self._unit, self._constant))
+        some.keys, some._squares = self.keys[which], self._squares[which]
         return some
 
     def decode(self, codes: np.ndarray, into: torch.Tensor) -> None:
