@@ -87,13 +87,16 @@ class Codes:
         """(dimension,) float32: how far the values of a coordinate of ``sq8`` are apart."""
         return self.fitted[self.dimension :] / np.float32(255)
 
-    def squares(self, codes: np.ndarray) -> np.ndarray:
-        """What :meth:`datastore.queries.Queries.finish` wants of keys besides their products: (n,) float32, each a
-        function of its code (bytes,) alone, bit for bit."""
+    def squares(self, numbers: np.ndarray) -> np.ndarray:
+        """What :meth:`datastore.queries.Queries.finish` wants of keys besides their products: (…,) float32, each a
+        function of its code alone, bit for bit.
+
+        ``numbers`` are :func:`whole` codes (…, bytes) as float32, and are written over.
+        """
         if self.name != "sq8":
-            return np.zeros(len(codes), dtype=np.float32)
-        scaled = (codes ^ np.uint8(128)).view(np.int8).astype(np.float32) * self.step
-        return np.einsum("ij,ij->i", scaled, scaled)
+            return np.zeros(numbers.shape[:-1], dtype=np.float32)
+        numbers *= self.step
+        return np.einsum("...d,...d->...", numbers, numbers)
 
     def index(self, coarse: faiss.IndexFlat, lists: int, metric: Metric = "l2") -> Any:
         """A FAISS index of so many inverted lists of such codes, which has none yet.
@@ -110,3 +113,8 @@ class Codes:
             index.pq, index.by_residual = quantizer, False
         index.is_trained = True
         return index
+
+
+def whole(codes: np.ndarray) -> np.ndarray:
+    """The whole numbers from -128 to 127, int8, that codes of ``sq8`` (…, bytes) uint8 stand for."""
+    return (codes ^ np.uint8(128)).view(np.int8)

@@ -112,13 +112,9 @@ class ControlPlane:
     @cached_property
     def _coarse(self) -> dict[Metric, faiss.IndexFlat]:
         """The centroids by what is near."""
-        indexes: dict[Metric, Any] = {
-            "l2": faiss.IndexFlatL2(self.dimension),
-            "inner_product": faiss.IndexFlatIP(self.dimension),
-        }
-        for index in indexes.values():
-            index.add(self.centroids)
-        return indexes
+        by_product = faiss.IndexFlatIP(self.dimension)
+        by_product.add(self.centroids)
+        return {"l2": self.coarse_index(), "inner_product": by_product}
 
     @cached_property
     def _longest(self) -> float:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import faiss
 import numpy as np
 
-from datastore.codes import Codes
+from datastore.codes import Codes, whole
 from datastore.shard import DocumentRow, Shard
 from silo.files import sha256, write_array, write_rows
 
@@ -119,7 +119,7 @@ class KeyGroup:
         capacity = np.asarray(_capacity(self._sizes))
         self._file = np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.rows else np.zeros(0, np.uint8)
         self._squares: dict[int, np.ndarray] = {}
-        self._width = len(self._file) // max(1, int(capacity.sum())) - _ROW_BYTES
+        self._width = len(self._file) // max(1, int(capacity.sum())) - _ROW_BYTES  # bytes a code, if there is any
         self._begins = np.concatenate([[0], np.cumsum(capacity * (self._width + _ROW_BYTES))[:-1]])
 
     @property
@@ -139,7 +139,7 @@ class KeyGroup:
     def squares(self, number: int, codes: Codes) -> np.ndarray:
         """:meth:`Codes.squares` of the keys of a list, (n,); kept from when they are first asked for, 4 bytes a key."""
         if number not in self._squares:
-            self._squares[number] = codes.squares(self.list(number)[0])
+            self._squares[number] = codes.squares(whole(self.list(number)[0]).astype(np.float32))
         return self._squares[number]
 
     def codes(self, rows: np.ndarray) -> np.ndarray:
@@ -156,22 +156,19 @@ class KeyGroup:
             places[rows - self.first_row] = begin + np.arange(len(rows)) * self._width
         return places
 
-    def inverted_lists(self, code_size: int) -> faiss.OnDiskInvertedLists:
+    def inverted_lists(self) -> faiss.OnDiskInvertedLists:
         """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted."""
         found: Any = faiss.OnDiskInvertedLists()
-        found.nlist, found.code_size, found.read_only = len(self._sizes), code_size, True
+        found.nlist, found.code_size, found.read_only = len(self._sizes), self._width, True
         found.filename = str(self._directory / "lists.bin")
         found.prefetch_nthread = 0  # FAISS would start 32 threads a search to touch pages: 1.4 times as slow, measured
-        capacity = np.asarray(_capacity(self._sizes), dtype=np.uint64)
-        ends = np.cumsum(capacity * np.uint64(code_size + _ROW_BYTES))
-        found.totsize = int(ends[-1])
+        found.totsize = len(self._file)
         found.lists.resize(len(self._sizes))
         # OnDiskOneList is three size_t: size, capacity, offset. Set all at once: there are thousands in each group.
         address = int(found.lists.data().this)
         memory: Any = (ctypes.c_uint64 * (3 * len(self._sizes))).from_address(address)
         table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
-        table[:, 0], table[:, 1] = self._sizes, capacity
-        table[0, 2], table[1:, 2] = 0, ends[:-1]
+        table[:, 0], table[:, 1], table[:, 2] = self._sizes, _capacity(self._sizes), self._begins
         if found.totsize:
             found.do_mmap()
         return found

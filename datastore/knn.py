@@ -1,7 +1,8 @@
-"""Nearest neighbours over all groups of a store as one FAISS index (kNN-LM, Khandelwal 2020).
+"""Nearest neighbours over all groups of a store (kNN-LM, Khandelwal 2020).
 
-Lists are read in every group where they lie, mapped from disk, each once for all the queries that probe it
-(:mod:`datastore.scan`).
+Inverted lists are read in every group where they lie, mapped from disk: each once for all the queries that probe it
+(:mod:`datastore.scan`), or, where queries are few, by FAISS for each query (:mod:`datastore.lists`). Both give the same
+bits.
 
 Neighbours can also be followed instead of searched for (RetoMaton, Alon 2022): where a neighbour's token is the one
 that the text went on with, the next key of its document is a candidate for the next query. What is then measured are
@@ -26,6 +27,7 @@ from datastore.scan import Scan, in_threads, tables
 from silo.retrieval import PROBES, Metric, SourceDocument
 
 QUERIES_PER_BATCH = 1 << 14
+"""Queries that are searched for at a time, which bounds the memory that their candidates take."""
 QUERIES_PER_LIST = 8
 """From so many queries to a list on, reading each list once is quicker than reading it for each query."""
 SPARE = 32
@@ -57,7 +59,8 @@ class NeighbourIndex:
                 Euclidean way, and those are read whose centroids are near as it says here.
         """
         masks = selected or [None] * len(groups)
-        pairs = [pair for pair in zip(groups, masks, strict=True) if pair[1] is None or pair[1].any()]
+        filled = (pair for pair in zip(groups, masks, strict=True) if pair[0].rows)
+        pairs = [pair for pair in filled if pair[1] is None or pair[1].any()]
         pairs.sort(key=lambda pair: pair[0].first_row)
         self._groups = [group for group, _ in pairs]
         self.searches = 0

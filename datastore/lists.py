@@ -24,19 +24,19 @@ class StackedLists:
     def __init__(
         self, groups: Sequence[KeyGroup], control: ControlPlane, selected: Sequence[np.ndarray | None]
     ) -> None:
-        """``selected`` says for each of ``groups`` which rows can be found, (rows,) bool; None for all."""
-        filled = [group for group in groups if group.rows]
-        self._count, self._stacked = len(control.centroids), max(1, len(filled))
+        """``selected`` says for each of ``groups``, none of which is empty, which rows can be found, (rows,) bool; None
+        for all."""
+        self._count, self._stacked = len(control.centroids), max(1, len(groups))
         self._coarse = control.coarse_index()  # FAISS keeps a pointer to it, and to what is below
         self._index = control.codes.index(self._coarse, self._count * self._stacked)
-        self._index.ntotal = sum(group.rows for group in filled)
+        self._index.ntotal = sum(group.rows for group in groups)
         self._index.parallel_mode = 3  # over queries, which FAISS does unasked only where it chooses the lists itself
-        self._lists = [group.inverted_lists(self._index.code_size) for group in filled]
+        self._lists = [group.inverted_lists() for group in groups]
         pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
         for each in self._lists:
             pointers.push_back(each)
         if self._lists:
-            self._stack = faiss.VStackInvertedLists(len(filled), pointers.data())  # type: ignore[attr-defined]
+            self._stack = faiss.VStackInvertedLists(len(groups), pointers.data())  # type: ignore[attr-defined]
             self._index.replace_invlists(self._stack, False)
         self._bits = None if all(mask is None for mask in selected) else _bits(groups, selected)
 

@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import torch
 
-from datastore.codes import Codes
+from datastore.codes import Codes, whole
 from silo.retrieval import Metric
 
 WHOLE_WEIGHT = 1 << 17
@@ -76,7 +76,7 @@ class Queries(Protocol):
         ...
 
     def finish(self, products: torch.Tensor, squares: np.ndarray) -> None:
-        """Make products (m, n) distances, where keys have some :meth:`Codes.squares` (n,)."""
+        """Make products (m, n) distances, where keys have :meth:`datastore.codes.Codes.squares` (n,) or (m, n)."""
         ...
 
     def measured(self, codes: np.ndarray, space: Workspace) -> np.ndarray:
@@ -131,15 +131,19 @@ class GridQueries:
 
     def decode(self, codes: np.ndarray, into: torch.Tensor) -> None:
         """As :meth:`Queries.decode`: whole numbers."""
-        into.copy_(torch.from_numpy((codes ^ np.uint8(128)).view(np.int8)))
+        into.copy_(torch.from_numpy(whole(codes)))
 
     def products(self, keys: torch.Tensor, into: torch.Tensor) -> None:
         """As :meth:`Queries.products`."""
         torch.mm(self._weights, keys.T, out=into)
 
     def finish(self, products: torch.Tensor, squares: np.ndarray) -> None:
-        """As :meth:`Queries.finish`."""
-        self._finish(products, self._unit[:, None], self._constant[:, None], squares)
+        """As :meth:`Queries.finish`. Every operation rounds by itself: none is fused with the next."""
+        products.mul_(self._unit[:, None])
+        if self._by_product:
+            products.add_(self._constant[:, None])
+        else:
+            products.add_(torch.from_numpy(squares)).add_(self._constant[:, None]).clamp_min_(0)
 
     def measured(self, codes: np.ndarray, space: Workspace) -> np.ndarray:
         """As :meth:`Queries.measured`."""
@@ -147,18 +151,8 @@ class GridQueries:
         self.decode(flat, into=space.take("keys", *flat.shape))
         numbers = space.take("keys", *flat.shape).numpy().reshape(codes.shape)
         products = np.einsum("nkd,nd->nk", numbers, self._weights.numpy())  # for so few quicker than a library's
-        numbers *= self._codes.step
-        squares = np.einsum("nkd,nkd->nk", numbers, numbers)
-        self._finish(torch.from_numpy(products), self._unit[:, None], self._constant[:, None], squares)
+        self.finish(torch.from_numpy(products), self._codes.squares(numbers))
         return products
-
-    def _finish(self, products: torch.Tensor, unit: torch.Tensor, constant: torch.Tensor, squares: np.ndarray) -> None:
-        """Every operation rounds by itself: none is fused with the next."""
-        products.mul_(unit)
-        if self._by_product:
-            products.add_(constant)
-        else:
-            products.add_(torch.from_numpy(squares)).add_(constant).clamp_min_(0)
 
 
 class PlainQueries:

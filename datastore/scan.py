@@ -36,6 +36,7 @@ PENDING = 1 << 24
 QUERIES_FINISHED = 2048
 """Queries whose candidates are put in order at a time."""
 _ALONE = threading.Lock()
+"""Held while torch is told to use one thread, which holds for the whole process."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -108,20 +109,25 @@ class Scan:
         for start in range(0, len(who), QUERIES_AT_ONCE):
             asked = who[start : start + QUERIES_AT_ONCE]
             queries = self._queries.chosen(asked)
-            for keys in self._keys(number):
-                codes, rows, squares = (np.concatenate(each) for each in zip(*keys, strict=True))
-                distances = self._space.take("distances", len(asked), len(rows))
-                for begin in range(0, len(rows), self._block):
-                    at = slice(begin, min(len(rows), begin + self._block))
-                    decoded = self._space.take("keys", at.stop - begin, queries.dimension)
-                    queries.decode(codes[at], decoded)
-                    queries.products(decoded, distances[:, at])
+            for codes, *others in self._keys(number):
+                rows, squares = map(np.concatenate, others)
+                distances, end = self._space.take("distances", len(asked), len(rows)), 0
+                for block in self._blocks(codes):
+                    begin, end = end, end + len(block)
+                    decoded = self._space.take("keys", len(block), queries.dimension)
+                    queries.decode(block, decoded)
+                    queries.products(decoded, distances[:, begin:end])
                 queries.finish(distances, squares)
                 found.append(self._within(distances.numpy(), asked, rows))
         return found
 
-    def _keys(self, number: int) -> Iterator[list[tuple[np.ndarray, ...]]]:
-        """Codes (n, bytes), rows (n,) and squares (n,) of one list, so many at a time, in one piece or several."""
+    def _blocks(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Codes (n, bytes) as few at a time as are decoded at a time."""
+        for codes in pieces:
+            yield from (codes[begin : begin + self._block] for begin in range(0, len(codes), self._block))
+
+    def _keys(self, number: int) -> Iterator[Iterable[tuple[np.ndarray, ...]]]:
+        """Codes (n, bytes), rows (n,) and squares (n,) of one list, each in one piece or several, so many at a time."""
         pieces: list[tuple[np.ndarray, ...]] = []
         room = KEYS_AT_ONCE
         for group, mask in zip(self._groups, self._selected, strict=True):
@@ -133,10 +139,10 @@ class Scan:
                 pieces.append(tuple(each[:room] for each in piece))
                 piece, room = tuple(each[room:] for each in piece), room - len(pieces[-1][1])
                 if not room:
-                    yield pieces
+                    yield zip(*pieces, strict=True)
                     pieces, room = [], KEYS_AT_ONCE
         if pieces:
-            yield pieces
+            yield zip(*pieces, strict=True)
 
     def _within(self, distances: np.ndarray, asked: np.ndarray, rows: np.ndarray) -> Candidates:
         """Those of (queries, keys) distances that may be among the k smallest of their queries."""

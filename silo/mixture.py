@@ -24,8 +24,8 @@ from silo.weights import Weighing
 MATCHED_TOKENS = 1 << 16
 """Documents of so many tokens together are matched in one pass of the ∞-gram."""
 AHEAD_LOGITS = 1 << 27
-"""Logits, in float32, that wait for the neighbours of their positions: 512 MB. The more positions are asked for at a
-time, the less each costs."""
+"""Logits in float32 that wait for the neighbours of their positions, those of readings with blocks among them: 512 MB.
+The more positions are asked for at a time, the less each costs."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Mixture:
         numbers = 0
         for piece in self._pieces(documents):
             ahead.append(piece)
-            numbers += piece.asked.lm.logits.numel()
+            numbers += piece.asked.lm.logits.numel() + (0 if piece.ric is None else piece.ric.log_probabilities.numel())
             if self.neighbours is None or numbers > AHEAD_LOGITS:
                 yield ahead
                 ahead, numbers = [], 0

@@ -53,6 +53,25 @@ def test_both_ways_give_the_same_bits(index_of, encoded, plane, both, k):
     assert same_answers(index.search(queries, k), one_by_one)
 
 
+def test_selected_documents_both_ways(index_of, encoded, plane, both):
+    """Of some documents of each group the same bits either way, and those of an index of these documents alone."""
+    queries = queries_of(encoded, plane, 100)
+    shards = shards_of(encoded, by=lambda n: n % 3)
+    every = index_of(shards)
+    masks = [np.arange(len(documents)) % 3 > 0 for documents in shards]
+    masks[1] = None
+    some = knn.NeighbourIndex(every._groups, plane, masks, probes=16)
+    kept = [
+        [d for d, there in zip(sorted(of, key=lambda d: d.document.id), mask, strict=True) if there]
+        for of, mask in zip(shards, [masks[0], [True] * len(shards[1]), masks[2]], strict=True)
+    ]
+    alone = index_of(kept).search(queries, 30)
+    for each in (True, False):
+        both(each)
+        assert same_answers(some.search(queries, 30), alone)
+    assert not same_answers(every.search(queries, 30), alone)
+
+
 def test_what_faiss_left_out_is_found(index_of, encoded, plane, both, monkeypatch):
     """Where as many are as near as the k-th as were fetched, or more, the lists are scanned; nowhere else."""
     index, queries = index_of(shards_of(encoded, by=lambda n: n % 7)), queries_of(encoded, plane)
@@ -136,7 +155,7 @@ def test_queries_are_moved_by_little():
     np.testing.assert_allclose(queries.measured(stored[::-1, None], Workspace())[:, 0], far, rtol=1e-5)
 
 
-def test_constant_coordinates_cost_nothing(both, index_of):
+def test_constant_coordinates_cost_nothing():
     """A coordinate that all keys of the control text share has no step, and no query is lost to it."""
     rng = np.random.default_rng(2)
     known = cloud(rng, 4096)
