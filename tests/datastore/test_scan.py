@@ -117,6 +117,7 @@ def test_how_much_is_done_at_a_time_changes_nothing(index_of, encoded, plane, bo
     index, queries = index_of(shards_of(encoded, by=lambda n: n % 7), to_a_group=2), queries_of(encoded, plane, 100)
     both(False)
     expected = index.search(queries, 25)
+    monkeypatch.setattr(scan, "QUERIES_FINISHED", 7)
     monkeypatch.setattr(scan, name, value)
     with of_threads(2):
         assert same_answers(index.search(queries, 25), expected)

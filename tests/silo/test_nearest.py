@@ -305,6 +305,22 @@ def test_what_is_followed_is_as_near_as_what_is_found(store, model, documents):
         assert compared > 500
 
 
+@pytest.mark.parametrize("rule", [None, *RULES.values(), Spare(**FOLLOWED)])
+def test_texts_read_together_are_as_alone(rule, store, model, documents):
+    """Neighbours and past of a text are the same bits, whichever texts are looked up with it."""
+    texts = [model.tokenize(each)[:length] for each, length in zip(documents, (70, 33, 90), strict=False)]
+    mixture = store.mixture(model, ("lm", "knn", "ngram"), nearest=Nearest(k=16, spare=rule))
+    together = list(mixture.read(texts))
+    alone = [(number, parts) for number, text in enumerate(texts) for parts in mixture.parts(text)]
+    assert [number for number, _ in together] == [number for number, _ in alone] == [0, 1, 2]
+    for (_, one), (_, other) in zip(together, alone, strict=True):
+        for name in ("distances", "values", "positions"):
+            mine, theirs = (getattr(parts.knn.neighbours, name) for parts in (one, other))
+            assert mine.tobytes() == theirs.tobytes()
+        assert one.past.keys() == other.past.keys()
+        assert all(torch.equal(one.past[name], other.past[name]) for name in one.past)
+
+
 def test_k_and_metric_reach_the_search(store, model, documents):
     """`nearest` of a store's mixture is what is searched with."""
     tokens = model.tokenize(documents[0])[:50]
