@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ def load(
         deny: documents that may not, in the same way.
         purpose: ``"commercial"`` or ``"research"``: only documents whose licence permits it.
         in_context: how blocks are looked up and read.
-        nearest: how neighbours are looked up, and which searches are spared (:class:`silo.nearest.Nearest`).
+        nearest: how neighbours are looked up, and which searches are spared (:class:`silo.nearest.Nearest`); as they
+            were when the gate learnt, if absent. With others there is a warning.
 
     Raises:
         UsageError: what is asked for does not fit together.
@@ -59,7 +61,8 @@ def load(
     lm = model if isinstance(model, LanguageModel) else LanguageModel.load(Path(model))
     if opened is None or list(weighing.methods) == ["lm"]:
         return MixtureForCausalLM(Mixture(lm), weighing)
-    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, nearest=nearest, **policy.selections(opened))
+    way = _lookup(nearest, weighing)
+    mixture = opened.mixture(lm, weighing.methods, in_context=in_context, nearest=way, **policy.selections(opened))
     return MixtureForCausalLM(mixture, weighing)
 
 
@@ -76,6 +79,18 @@ def load_by(
     methods = use.split(",") if use else None
     choice = {"allow": policy.allow, "deny": policy.deny, "purpose": policy.purpose}
     return load(model, store=store, use=methods, weights=weights, **choice)  # type: ignore[arg-type]
+
+
+def _lookup(nearest: Nearest | None, weighing: Weighing) -> Nearest | None:
+    """How neighbours are looked up; a warning if the weights were learnt by others."""
+    learnt = weighing.nearest if "knn" in weighing.methods else None
+    if nearest is not None and learnt is not None and nearest != learnt:
+        warnings.warn(
+            f"the gate was learnt with {learnt}, and neighbours are looked up with {nearest}; its weights may be far "
+            "off: teach one with `eval.rehearsal.rehearse(…, nearest=…)`",
+            stacklevel=3,
+        )
+    return nearest or learnt
 
 
 def choose_weighing(

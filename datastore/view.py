@@ -97,9 +97,9 @@ class View:
             nearest: how neighbours are looked up.
         """
         from silo.mixture import Mixture
-        from silo.nearest import Nearest
+        from silo.nearest import USUAL
 
-        way = nearest or Nearest()
+        way = nearest or USUAL
         return Mixture(
             model,
             neighbours=self.neighbours(probes=way.probes, metric=way.metric) if "knn" in use else None,

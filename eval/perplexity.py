@@ -22,6 +22,7 @@ from silo.gate import Gate, Lessons
 from silo.language_model import LanguageModel
 from silo.mixing import fit_weights, interpolate, neighbour_weights, perplexity
 from silo.mixture import Mixture
+from silo.nearest import USUAL
 from silo.readings import Evidence, Temperature
 from silo.weights import Weighing, Weights
 
@@ -228,6 +229,8 @@ def weighings_from_json(
     made_for = value.get("provenance", {}).get("model")
     if made_for != model.fingerprint:
         raise UsageError(f"{where} was made for the model {made_for}, not {model.fingerprint}; make one for this model")
+    if gate.nearest != USUAL:
+        raise UsageError(f"{where} was learnt with {gate.nearest}, and evaluations look up with {USUAL}; use silo.load")
     if not set(gate.methods) <= set(methods):
         raise UsageError(f"{where} weighs {', '.join(gate.methods)}; give --use {','.join(gate.methods)}")
     return {"lm": Weights({"lm": 1.0}), "gate": gate}

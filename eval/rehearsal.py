@@ -23,6 +23,7 @@ from silo.files import canonical_json, sha256
 from silo.gate import Gate, fit_gate
 from silo.language_model import LanguageModel
 from silo.licensing import Policy
+from silo.nearest import Nearest
 
 ABSENT, ASKED, CHECKED = 3, 5, 4
 """Of so many owners one is not in the rehearsal's store; of so many documents one is asked about; and of so many of
@@ -73,6 +74,7 @@ def rehearse(
     trained_on: set[str],
     store_tokens: int,
     asked_tokens: int,
+    nearest: Nearest | None = None,
     progress: Progress | None = None,
 ) -> tuple[Gate, dict[str, Any]]:
     """Fit a gate for a store.
@@ -86,6 +88,7 @@ def rehearse(
         trained_on: content hashes of the documents that taught the model.
         store_tokens: so many go into the rehearsal's store.
         asked_tokens: so many are asked about, half of them of owners that the store does not have.
+        nearest: how neighbours are looked up, here and wherever the gate is to weigh.
         progress: called while the store is built.
 
     Returns:
@@ -107,11 +110,11 @@ def rehearse(
     with tempfile.TemporaryDirectory(prefix="silo-rehearsal-") as directory:
         stage = Store.create(Path(directory) / "store", model, store.path / "tokenizer.json", store.control)
         stage.add(stored, model, progress=progress)
-        mixture = stage.mixture(model, methods)
+        mixture = stage.mixture(model, methods, nearest=nearest)
         sides = [sample(each, mixture, asked_tokens // 2) for each in (cast.asked, cast.strangers)]
         learnt, held_out = _split([text for side in sides for text in side])
         scores = [score(mixture, each) for each in (learnt, held_out)]
-    gate = fit_gate(scores[0].lessons, scores[1].lessons, methods)
+    gate = fit_gate(scores[0].lessons, scores[1].lessons, methods, nearest=nearest)
     taught = provenance([*stored, *(text.document for side in sides for text in side)])
     gained = [_gain(each, gate) for each in scores]
     return gate, {

@@ -34,15 +34,16 @@ FURTHER_TEXT = 1000
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where texts, models and curves are kept.")
-@click.option("--tokens", default=192 * 8 * LENGTH, show_default=True, help="Before the growth, and after it.")
+@click.option("--tokens", default=192 * 8 * LENGTH, show_default=True, help="Before the growth.")
+@click.option("--further", default=4 * 192 * 8 * LENGTH, show_default=True, help="Tokens after it.")
 @click.option("--batch", default=8, show_default=True, help="Sequences a step.")
-@click.option("--points", default=2, show_default=True, help="Points of each curve.")
+@click.option("--points", default=8, show_default=True, help="Points of each curve.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--learning-rate", default=LEARNING_RATE, show_default=True)
 @click.option("--expert-learning-rate", default=EXPERT_LEARNING_RATES["peer"], show_default=True)
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
-    files: tuple[Path, ...], out: Path, tokens: int, batch: int, points: int, seeds: tuple[int, ...],
+    files: tuple[Path, ...], out: Path, tokens: int, further: int, batch: int, points: int, seeds: tuple[int, ...],
     learning_rate: float, expert_learning_rate: float, report: bool,
 ) -> None:  # fmt: skip
     """Train what is missing, and print one JSON document."""
@@ -51,7 +52,6 @@ def main(
     samples, data = open_samples(corpus, others)
     common: dict[str, Any] = {
         "corpus": corpus,
-        "token_budget": tokens,
         "vocab_size": VOCABULARY,
         "sequence_length": LENGTH,
         "batch_size": batch,
@@ -62,11 +62,11 @@ def main(
     runs = []
     for seed in seeds:
         before = out / "growth" / f"{seed}-before"
-        further = {"init": before / "model", "seed": seed + FURTHER_TEXT}
+        goes_on = {"init": before / "model", "seed": seed + FURTHER_TEXT, "token_budget": further}
         recipes = {
-            "before": {"model": shape("peer") | {"peer_num_experts": FEW}, "seed": seed},
-            "kept": further,
-            "grown": {**further, "model": {"peer_num_experts": MANY}},
+            "before": {"model": shape("peer") | {"peer_num_experts": FEW}, "seed": seed, "token_budget": tokens},
+            "kept": goes_on,
+            "grown": {**goes_on, "model": {"peer_num_experts": MANY}},
         }
         for name, settings in recipes.items():
             directory = before.with_name(f"{seed}-{name}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from recording import provenance
 
+MOMENTS, CUTS = ("before", "after", "never"), ("last", "text", "context")
 NAMES = {"lm": "model alone", "lm+knn": "+ neighbours", "lm+ric": "+ blocks", "lm+ngram": "+ ∞-gram", "all": "all"}
 
 
@@ -113,6 +114,69 @@ weights.
 {chr(10).join(rows)}"""
 
 
+def membership(result: dict[str, Any]) -> str:
+    """What can be told of removed text."""
+    rows = []
+    for step in result["steps"]:
+        cells = [str(step["removals"])]
+        cells += [f"{step['auc'][score][moment]:.3f}" for score in ("loss", "min_k") for moment in MOMENTS]
+        cells += [f"{step['rouge_l'][moment]:.3f}" for moment in MOMENTS]
+        cells += [f"{step['longest_run'][moment]}" for moment in MOMENTS]
+        rows.append("| " + " | ".join([*cells, "equal" if step["equal"] else "**differ**"]) + " |")
+    return f"""Membership after removals, one {result["unit"]} each, in a row: how often a removed passage scores \
+above one of {result["others"]} that no store held (AUC; 0.5 tells nothing) by its mean log-probability and by Min-K% \
+Prob; which share of its text is written after its first {result["prompt_tokens"]} tokens (ROUGE-L of \
+{result["written_tokens"]}), and the longest run of that. Each of the whole store, after the removals, and of a store \
+that never held them; the last two are compared by every bit of what they say, and by the stores' hashes. MUSE's \
+privacy leakage is the difference of the last two, so 0 where they are equal.
+
+| removals | AUC, loss: before | after | never | AUC, Min-K%: before | after | never | written: before | after \
+| never | longest run: before | after | never | last two |
+|{"---:|" * 13}:---|
+{chr(10).join(rows)}"""
+
+
+def copying(result: dict[str, Any]) -> str:
+    """How much is written word for word."""
+    found = result["mixtures"]
+    lengths = list(next(iter(found.values()))["shares"])
+    rows = [
+        f"| {NAMES.get(name, name)} | {of['longest']} | {of['mean']:.1f} | "
+        + " | ".join(f"{of['shares'][length]:.1%}" for length in lengths)
+        + " |"
+        for name, of in found.items()
+    ]
+    return f"""Verbatim copying: {result["written_tokens"]} tokens are written after the first \
+{result["prompt_tokens"]} of {result["prompts"]} held-out documents, the likeliest each, and looked up in the store; \
+beside them the documents' own text. The longest run that stands in the store, its mean over the documents, and the \
+share of tokens in runs of a length at least.
+
+| text | longest run | mean of the longest | {" | ".join(f"from {length}" for length in lengths)} |
+|:---|---:|---:|{"---:|" * len(lengths)}
+{chr(10).join(rows)}"""
+
+
+def reliance(result: dict[str, Any]) -> str:
+    """What each path gives."""
+    rows = []
+    for name, of in result["groups"].items():
+        said = of["log_probability"]
+        lost = " | ".join(
+            f"{middle:.3f} ({low:.3f}–{high:.3f}), {of['changed'][cut]:.0%}"
+            for cut in CUTS
+            for middle, low, high in [of["lost"][cut]]
+        )
+        rows.append(f"| {name} | {of['positions']:,} | {-said['alone']:.3f} | {-said['all']:.3f} | {lost} |")
+    return f"""Reliance: at every {result["every"]}th position of {result["documents"]} texts the model reads the best \
+block before the text, with attention knocked out in all layers between some positions. Nats of the token alone and \
+after the block; then the nats lost by each cut, and the share of positions where another token becomes the likeliest.
+
+| tokens | positions | alone | with the block | last position does not see the block | no position sees it \
+| last position does not see the text |
+|:---|---:|---:|---:|---:|---:|---:|
+{chr(10).join(rows)}"""
+
+
 def spread(value: list[float | None]) -> str:
     """A number with its interval, where there is one."""
     middle, low, high = value
@@ -125,5 +189,8 @@ STUDIES = {
     "neighbours": ("k, λ and τ", neighbours),
     "licenses": ("licences", licenses),
     "routing": ("routing", routing),
+    "membership": ("membership", membership),
+    "copying": ("verbatim copying", copying),
+    "reliance": ("reliance", reliance),
 }
 SECTIONS = {f"study_{name.replace('-', '_')}": studies for name in STUDIES}

@@ -5,7 +5,7 @@
 The store holds text of the training split of all restricted files, the same amount of each. Test and validation text
 are of the other splits, some documents of each domain, so that no domain decides.
 
-Opt-out is of all methods, store size and licences of neighbours and ∞-grams; routing is on text of every file,
+Opt-out is of all methods, reliance of blocks, the others of neighbours and ∞-grams; routing is on text of every file,
 permissive ones too.
 
 Prints one JSON document: machine, command, commit, seed, data hash, result.
@@ -15,28 +15,37 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from compare_at_equal_text import Splits, build, say, split
 from recording import made
 
-from eval.studies import licenses, neighbours, opt_out, routing, store_size
+from eval.studies import copying, licenses, membership, neighbours, opt_out, reliance, routing, store_size
 from eval.studies.subject import Subject
 from silo.documents import Document
 from silo.language_model import LanguageModel
 from silo.weights import METHODS
 
-STUDIES = ("opt-out", "store-size", "neighbours", "licenses", "routing")
+STUDIES: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "store-size": lambda subject: store_size.study(subject, 8, told),
+    "neighbours": lambda subject: of_neighbours(subject),
+    "licenses": lambda subject: licenses.study(subject, told),
+    "membership": lambda subject: membership.study(subject, "document", 32, told),
+    "copying": lambda subject: copying.study(subject, prompts=32, prompt=32, written=128, temperature=0, progress=told),
+    "reliance": lambda subject: reliance.study(replace(subject, methods=["lm"]), told),
+}
+"""Those that ask a subject, with the sizes that the commands have by default."""
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--name", required=True, help="What the model is called in RESULTS.md.")
-@click.option("--study", required=True, type=click.Choice(STUDIES))
+@click.option("--study", required=True, type=click.Choice(["opt-out", "routing", *STUDIES]))
 @click.option("--store-tokens", default=300_000, show_default=True, help="Of all restricted domains together.")
 @click.option(
     "--tokens",
@@ -63,16 +72,11 @@ def main(
             every = [document for domain in restricted.values() for document in domain["test"]]
             leaving = replace(subject, methods=list(METHODS), test=every)
             result = opt_out.study(leaving, opt_out.owners_of(leaving, (), owners), told)
-        elif study == "store-size":
-            result = store_size.study(subject, 8, told)
-        elif study == "neighbours":
-            result = neighbours.study(subject, 1024, told)
-            del result["validation"]  # the whole grid, of which its rows say the best
-        elif study == "licenses":
-            result = licenses.study(subject, told)
-        else:
+        elif study == "routing":
             domains = {each: of["test"][:documents] for each, of in {**permissive, **restricted}.items()}
             result = routing.study(lm, domains, tokens // len(domains))
+        else:
+            result = STUDIES[study](subject)
         described = subject.described()
     report = {
         **made(files),
@@ -85,6 +89,13 @@ def main(
 def told(done: int, total: int) -> None:
     """Progress."""
     say(f"{done} of {total}")
+
+
+def of_neighbours(subject: Subject) -> dict[str, Any]:
+    """k, λ and τ, without the whole grid, of which the rows say the best."""
+    result = neighbours.study(subject, 1024, told)
+    del result["validation"]
+    return result
 
 
 def chosen(domains: Splits, side: str, documents: int) -> Sequence[Document]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from silo.errors import UsageError
 from silo.mixing import neighbour_weights
+from silo.nearest import USUAL, Nearest
 from silo.past import KNOWN, WINDOW
 from silo.readings import Evidence, Temperature
 from silo.weights import METHODS
@@ -46,6 +47,8 @@ class Gate:
     """Mean and scale of the features, (f,) each; weight (h, f) and bias (h,); weight (m + 1, h) and bias (m + 1,), of
     which the last row is for τ; all float64."""
     base_temperature: float
+    nearest: Nearest = USUAL
+    """As :attr:`silo.weights.Weighing.nearest`: of other neighbours the same evidence says something else."""
 
     @property
     def history(self) -> int:
@@ -79,6 +82,7 @@ class Gate:
             "features": list(self.features),
             "layers": [each.tolist() for each in self.layers],
             "temperature": self.base_temperature,
+            "nearest": self.nearest.to_json(),
         }
 
     @classmethod
@@ -86,12 +90,13 @@ class Gate:
         """Read what :meth:`to_json` wrote. Raises :class:`UsageError` that begins with ``where``."""
         try:
             layers = tuple(torch.tensor(each, dtype=torch.float64) for each in value["layers"])
-            gate = cls(tuple(value["methods"]), tuple(value["features"]), layers, float(value["temperature"]))
+            tau, nearest = float(value["temperature"]), Nearest.from_json(value.get("nearest", {}))
+            gate = cls(tuple(value["methods"]), tuple(value["features"]), layers, tau, nearest)
             f, h, m = len(gate.features), HIDDEN, len(gate.methods)
             fits = [tuple(each.shape) for each in layers] == [(f,), (f,), (h, f), (h,), (m + 1, h), (m + 1,)]
             sane = all(bool(each.isfinite().all()) for each in layers) and gate.base_temperature > 0
             known = "lm" in gate.methods and set(gate.methods) <= set(METHODS)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError):
             fits = sane = known = False
         if not (fits and sane and known):
             raise UsageError(f"{where} holds no gate; make one with `silo eval gate`")
@@ -138,13 +143,16 @@ class Lessons:
         return torch.logsumexp(log_weights + torch.stack(parts, dim=1).clamp_min(1e-30).log(), dim=1)
 
 
-def fit_gate(lessons: Lessons, held_out: Lessons, methods: Sequence[str], *, seed: int = 0) -> Gate:
+def fit_gate(
+    lessons: Lessons, held_out: Lessons, methods: Sequence[str], *, nearest: Nearest | None = None, seed: int = 0
+) -> Gate:
     """Learn to give the next token the highest probability (Adam; the best step on held-out texts is kept).
 
     Args:
         lessons: what is learnt from.
         held_out: other texts, by which it is judged when to stop.
         methods: what to weigh, the model first.
+        nearest: how the neighbours of both were looked up.
         seed: of the network's first weights and of the order of the tokens.
     """
     features = tuple(name for name in lessons.evidence if name not in LEFT_OUT and _belongs(name, methods))
@@ -171,7 +179,7 @@ def fit_gate(lessons: Lessons, held_out: Lessons, methods: Sequence[str], *, see
                 best = value, {name: each.detach().clone() for name, each in network.state_dict().items()}
     learnt = best[1] or network.state_dict()
     layers = (mean, scale, learnt["0.weight"], learnt["0.bias"], learnt["2.weight"], learnt["2.bias"])
-    return Gate(tuple(methods), features, tuple(each.detach() for each in layers), tau)
+    return Gate(tuple(methods), features, tuple(each.detach() for each in layers), tau, nearest or USUAL)
 
 
 def _belongs(name: str, methods: Sequence[str]) -> bool:

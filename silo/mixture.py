@@ -15,7 +15,7 @@ import torch
 from silo.in_context import BlockReading, InContext, read_in_context
 from silo.language_model import LanguageModel
 from silo.mixing import interpolate
-from silo.nearest import Asked, Nearest, read_neighbours
+from silo.nearest import USUAL, Asked, Nearest, read_neighbours
 from silo.past import Past
 from silo.readings import Evidence, ModelReading, NeighbourReading, NgramReading, Temperature
 from silo.retrieval import BlockSource, NeighbourSource, NgramMatches, NgramSource, SourceDocument
@@ -152,7 +152,7 @@ class Mixture:
         self.blocks = blocks
         self.ngrams = ngrams
         self.in_context = in_context or InContext()
-        self.nearest = nearest or Nearest()
+        self.nearest = nearest or USUAL
 
     @property
     def methods(self) -> list[str]:

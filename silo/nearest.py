@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -93,6 +93,23 @@ class Nearest:
             raise UsageError(f"{self.k} neighbours of {self.probes} lists; expected at least 1 of each")
         if self.metric not in get_args(Metric):
             raise UsageError(f"nearness by {self.metric!r}; expected one of {', '.join(get_args(Metric))}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As a file of a gate holds it. What is never spared is left out: JSON knows no infinity."""
+        out = asdict(self)
+        if self.spare is not None:
+            out["spare"] = {name: value for name, value in out["spare"].items() if value != math.inf}
+        return out
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Nearest:
+        """Read what :meth:`to_json` wrote. Raises TypeError if it is not that, UsageError if it has wrong values."""
+        spare = value.get("spare")
+        return cls(**{**value, "spare": None if spare is None else Spare(**spare)})
+
+
+USUAL = Nearest()
+"""How they are looked up if nothing else is said."""
 
 
 def read_neighbours(source: NeighbourSource, pieces: Sequence[Asked], nearest: Nearest) -> list[NeighbourReading]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from silo.errors import UsageError
 from silo.files import read_json
 from silo.readings import Evidence, Temperature
+
+if TYPE_CHECKING:
+    from silo.nearest import Nearest
 
 METHODS = ("lm", "knn", "ric", "ngram")
 """What a mixture can consist of, in the order in which it is summed."""
@@ -28,6 +31,11 @@ class Weighing(Protocol):
     @property
     def history(self) -> int:
         """How many tokens before a position its evidence hangs on, in any other way than as the methods' context."""
+        ...
+
+    @property
+    def nearest(self) -> Nearest | None:
+        """How the neighbours were looked up by which it was learnt; None if it does not say."""
         ...
 
     def weigh(self, evidence: Evidence) -> dict[str, float | torch.Tensor]:
@@ -59,6 +67,10 @@ class Weights:
     def history(self) -> int:
         """As :attr:`Weighing.history`."""
         return 0
+
+    @property
+    def nearest(self) -> None:
+        """As :attr:`Weighing.nearest`."""
 
     def weigh(self, evidence: Evidence) -> dict[str, float | torch.Tensor]:
         """As :meth:`Weighing.weigh`."""

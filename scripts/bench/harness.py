@@ -149,12 +149,6 @@ def alike(tolerance: float = 0.0, absolute: float = 0.0) -> Judge:
     return judge
 
 
-def as_near(given: dict[str, Any]) -> str:
-    """A judge who wants the same squared distances from all, where some round queries to the grid of the codes, which
-    moves them by about a thousandth of their length."""
-    return alike(1e-3, absolute=0.06)({name: np.sqrt(each) for name, each in given.items()})
-
-
 def exponent(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> Measured:
     """How a cost grows with a size: e in cost ∝ sizeᵉ, by least squares on logarithms, fitted to each round.
 

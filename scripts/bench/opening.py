@@ -26,8 +26,9 @@ from recording import files_hash
 from bench import ceiling
 from bench.ceiling import Ceiling, Work
 from bench.growth import OWNED_TOKENS, OWNERS, make_stores
-from bench.harness import as_near, compete, moved, say, subject
+from bench.harness import compete, moved, say, subject
 from bench.mixing_peers import merged_index
+from bench.nearness import as_near
 from datastore.store import Store
 from silo.documents import Document
 from silo.files import sha256
@@ -94,7 +95,7 @@ def beside_faiss(stores: dict[int, Store], file: Path, key: np.ndarray, roof: Ce
 
     calls = {f"silo, {n:,} owners": ours(store.path) for n, store in stores.items()}
     calls |= {"FAISS, read": theirs(0), "FAISS, mapped": theirs(faiss.IO_FLAG_MMAP)}
-    contest = compete(calls, rounds, judge=as_near)
+    contest = compete(calls, rounds, judge=as_near(next(iter(stores.values())).control.codes, key))
     shares = {}
     for name in calls:
         with moved() as total:

@@ -32,7 +32,8 @@ from recording import files_hash
 
 from bench import ceiling
 from bench.ceiling import Work
-from bench.harness import Contest, as_near, compete, say, subject
+from bench.harness import Contest, Judge, compete, say, subject
+from bench.nearness import as_near, decided
 from datastore.control import ControlPlane
 from datastore.shard import Encoded
 from datastore.store import Selection, Store
@@ -45,8 +46,9 @@ from silo.sources import open_source
 from training.flops import flops_per_token
 
 NEIGHBOURS = 256
-QUERIES, FEW_QUERIES = 8192, 256
-"""So many at a time that lists are read once for all of them, and so few that FAISS reads them for each."""
+QUERIES, FEW_QUERIES, SPARE_QUERIES = 8192, 256, 256
+"""So many at a time that lists are read once for all of them, and so few that FAISS reads them for each; and more to
+choose from, since some may be undecided."""
 LARGE = "the owner of much"
 SEARCHED = (1, 4, 200, 2000)
 BUILT_TOKENS = 200_000
@@ -79,14 +81,15 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
         small, large = encoded[:cut], [owned(each, LARGE) for each in encoded[cut:]]
         say(f"{rows[-1]:,} keys in {encoding:.0f} s")
         stores = {n: build(root / f"owners-{n}", lm, model, plane, small, n) for n in (1, 4, 10, 200, 1000, 2000)}
-        queries = plane.quantizer().decode(np.concatenate([each.codes for each in small[:200]]))[:QUERIES]
+        keys = plane.quantizer().decode(np.concatenate([each.codes for each in small[:200]])[: QUERIES + SPARE_QUERIES])
+        queries = decided(plane, keys, PROBES)[:QUERIES]
         result = {
             "keys": int(rows[cut - 1]),
             "groups": {n: len(store.manifest.groups) for n, store in stores.items()},
-            "building": building(root, lm, model, plane, restricted, rounds),
-            "opening": {n: opening(stores[n], rounds) for n in (10, 1000)},
             "neighbours": neighbours(stores, plane, small, queries, rounds),
             "few_neighbours": neighbours(stores, plane, small, queries[:FEW_QUERIES], rounds),
+            "building": building(root, lm, model, plane, restricted, rounds),
+            "opening": {n: opening(stores[n], rounds) for n in (10, 1000)},
             "queries": {"neighbours": len(queries), "few_neighbours": FEW_QUERIES},
             "blocks": blocks(stores, lm, small, rounds),
             "removal": removal(root, stores, large, rounds, encoding / rows[-1]),
@@ -216,15 +219,20 @@ def neighbours(
     opened = {n: stores[n].neighbours() for n in SEARCHED}
     calls: dict[str, Callable[[], Any]] = {"merged": lambda: merged.search(queries, NEIGHBOURS)}
     calls |= {str(n): lambda index=index: index.search(queries, NEIGHBOURS) for n, index in opened.items()}  # type: ignore[misc]
-    contest = compete(calls, rounds, units=dict.fromkeys(calls, len(queries)), judge=same_neighbours)
+    judge = same_neighbours(as_near(plane.codes, queries))
+    contest = compete(calls, rounds, units=dict.fromkeys(calls, len(queries)), judge=judge)
     return rates(contest, "merged")
 
 
-def same_neighbours(given: dict[str, Any]) -> str:
-    """A judge who wants the distances that FAISS found, its first."""
-    theirs, rows = given["merged"]
-    found = {n: of.distances for n, of in given.items() if n != "merged"}
-    return as_near({"merged": np.where(rows < 0, np.inf, theirs)} | found)
+def same_neighbours(near: Judge) -> Judge:
+    """A judge who wants distances near those that FAISS found, its first."""
+
+    def judge(given: dict[str, Any]) -> str:
+        theirs, rows = given["merged"]
+        found = {n: of.distances for n, of in given.items() if n != "merged"}
+        return near({"merged": np.where(rows < 0, np.inf, theirs)} | found)
+
+    return judge
 
 
 def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from datastore.selection import Selection
 from silo.errors import UsageError
 from silo.explanation import pieces
 from silo.gate import HIDDEN, Gate
+from silo.nearest import Nearest
 from silo.weights import Weights, read_weighing
 
 WEIGHTS = {"knn": 0.3, "ric": 0.2, "ngram": 0.1, "temperature": 4.0}
@@ -105,6 +107,20 @@ def test_which_weights_count(store, model, tmp_path):
     assert loaded.mixture.ngrams is None
     with pytest.raises(UsageError, match="made for the model other"):
         silo.load(model, store=store, weights={**value, "provenance": {"model": "other"}})
+
+
+def test_neighbours_are_looked_up_as_the_gate_learnt(model, store):
+    """A gate says how, and who wants it another way is told; chosen weights say nothing."""
+    sizes = ((1,), (1,), (HIDDEN, 1), (HIDDEN,), (3, HIDDEN), (3,))
+    few, many = Nearest(k=5), Nearest(k=50)
+    gate = Gate(("lm", "knn"), ("lm_entropy",), tuple(map(torch.zeros, sizes)), 2.0, few)
+    with warnings.catch_warnings(action="error"):
+        for given in (None, few):
+            assert silo.load(model, store=store, weights=gate, nearest=given).mixture.nearest == few
+        assert silo.load(model, store=store, weights=WEIGHTS, nearest=many).mixture.nearest == many
+        assert silo.load(model, store=store, weights=WEIGHTS).mixture.nearest == Nearest()
+    with pytest.warns(UserWarning, match=r"learnt with Nearest\(k=5,.* looked up with Nearest\(k=50,"):
+        assert silo.load(model, store=store, weights=gate, nearest=many).mixture.nearest == many
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import silo
 import silo.gate
 from datastore.selection import Selection
 from datastore.store import Store
+from eval.perplexity import weighings_from_json
 from eval.rehearsal import Cast, rehearse
 from silo.cli import main
 from silo.documents import Document
@@ -17,6 +18,7 @@ from silo.errors import IntegrityError, LicenseError, StoreError, UsageError
 from silo.files import canonical_json
 from silo.gate import Gate
 from silo.licensing import DEFAULT_POLICY
+from silo.nearest import Nearest
 from silo.sources import open_source
 
 METHODS = ["lm", "knn", "ngram"]
@@ -41,7 +43,7 @@ def store(model, model_dir, control, documents, tmp_path_factory) -> Store:
     return made
 
 
-def rehearsed(model, store, documents, *, trained_on=frozenset()):
+def rehearsed(model, store, documents, *, trained_on=frozenset(), nearest=None):
     return rehearse(
         model,
         store,
@@ -51,6 +53,7 @@ def rehearsed(model, store, documents, *, trained_on=frozenset()):
         trained_on=set(trained_on),
         store_tokens=4000,
         asked_tokens=3000,
+        nearest=nearest,
     )
 
 
@@ -64,6 +67,17 @@ def test_a_gate_is_learnt_and_helps(model, store, permissive):
     named = {row["id"] for row in source["teachers"]}
     assert named <= {document.id for document in permissive}
     assert {row["license"] for row in source["teachers"]} == {permissive[0].license}
+
+
+def test_a_gate_learns_with_the_neighbours_that_are_asked_for(model, store, permissive):
+    """It says how they were looked up, and an evaluation, which looks up in the usual way, does not take another's."""
+    few = Nearest(k=3)
+    gate, source = rehearsed(model, store, permissive, nearest=few)
+    usual, _ = rehearsed(model, store, permissive)
+    assert (gate.nearest, usual.nearest) == (few, Nearest())
+    assert gate.layers[0].tolist() != usual.layers[0].tolist()
+    with pytest.raises(UsageError, match=r"g was learnt with Nearest\(k=3, .*; use silo\.load"):
+        weighings_from_json({**gate.to_json(), "provenance": source}, METHODS, model, where="g")
 
 
 def test_every_document_plays_one_part(permissive):

@@ -98,13 +98,13 @@ def test_the_bench_of_evaluation_is_read(bench):
 def test_neighbours_of_either_side_are_judged(bench):
     """Distances that are as good as equal pass, also where FAISS found fewer than it was asked for; others on either
     side do not."""
-    judge = bench("store").same_neighbours
+    judge = bench("store").same_neighbours(bench("harness").alike(0.01))
     merged = np.array([[1.0, 1e38]], np.float32), np.array([[7, -1]])
     ours = SimpleNamespace(distances=np.array([[1.002, np.inf]], np.float32))
     assert judge({"merged": merged, "200": ours}) == ""
     wrong = SimpleNamespace(distances=np.array([[1.5, np.inf]], np.float32))
-    assert "200 gave 1.22" in judge({"merged": merged, "200": wrong})
-    assert "where merged gave 1.41" in judge({"merged": (2 * merged[0], merged[1]), "200": ours})
+    assert "200 gave 1.5" in judge({"merged": merged, "200": wrong})
+    assert "where merged gave 2.0" in judge({"merged": (2 * merged[0], merged[1]), "200": ours})
 
 
 def test_blocks_of_another_document_are_judged(bench):

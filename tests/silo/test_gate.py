@@ -1,6 +1,7 @@
 """The gate: what it learns from made-up evidence, its limits, and its file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import silo.gate
 from silo.errors import UsageError
 from silo.gate import Gate, Lessons, fit_gate
+from silo.nearest import Nearest, Spare
 
 TOKENS = 2000
 
@@ -118,7 +120,28 @@ def test_as_json_and_back(gate):
     assert torch.equal(gate.temperatures(evidence), read.temperatures(evidence))
 
 
-@pytest.mark.parametrize("change", [{"layers": []}, {"methods": ["knn"]}, {"temperature": 0}, {"features": ["lm_top"]}])
+@pytest.mark.parametrize("spare", [None, Spare(), Spare(sure=0.9), Spare(suffix=8, steps=3, pointers=2)])
+def test_a_file_says_how_neighbours_were_looked_up(gate, spare):
+    """What is never spared has no number there, and a file that says nothing is of the usual way."""
+    learnt = replace(gate, nearest=Nearest(k=9, probes=3, metric="inner_product", spare=spare))
+    value = json.loads(json.dumps(learnt.to_json(), allow_nan=False))
+    assert Gate.from_json(value, where="x").nearest == learnt.nearest
+    value.pop("nearest")
+    assert Gate.from_json(value, where="x").nearest == Nearest() == gate.nearest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": []},
+        {"methods": ["knn"]},
+        {"temperature": 0},
+        {"features": ["lm_top"]},
+        {"nearest": 256},
+        {"nearest": {"k": 0}},
+        {"nearest": {"spare": {"never": 1}}},
+    ],
+)
 def test_a_broken_file_is_refused(gate, change):
     """A file whose parts do not fit is a UsageError that says what to do."""
     with pytest.raises(UsageError, match=r"g\.json holds no gate; make one with `silo eval gate`"):
