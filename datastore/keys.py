@@ -2,6 +2,8 @@
 
     lists.bin     each list's codes, then its row numbers; it is mapped, so that a store may be larger than memory
     sizes.npy     (lists,) int64, how many keys each list has
+    places.npy    (rows,) uint32, or int64 where a group has more than that counts: how many codes are before each row's
+                  in the lists, padding included
     tokens.npy    (rows,) the token that each key predicts: the documents of the group end to end
     begins.npy    (documents + 1,) int64, where each document begins in them
     ids.npy       (documents,) uint64, the hash of each document's id
@@ -16,7 +18,6 @@ import ctypes
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ from datastore.codes import Codes, whole
 from datastore.shard import DocumentRow, Shard
 from silo.files import sha256, write_array, write_rows
 
-FILES = ("lists.bin", "sizes.npy", "tokens.npy", "begins.npy", "ids.npy")
+FILES = ("lists.bin", "sizes.npy", "places.npy", "tokens.npy", "begins.npy", "ids.npy")
 GATHERED_BYTES = 1 << 28
 """Codes that are in memory at a time while lists are written."""
 _ROW_BYTES = 8
@@ -51,10 +52,20 @@ def write_keys(directory: Path, shards: Sequence[Shard], *, lists: int, first_ro
     order = np.argsort(numbers, kind="stable").astype(np.int64)
     sizes = np.bincount(numbers, minlength=lists).astype(np.int64)
     write_array(directory / "sizes.npy", sizes)
+    write_array(directory / "places.npy", _places(order, sizes))
     with open(directory / "lists.bin", "wb") as file:
         _write_lists(file, shards, order, sizes, first_row)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _places(order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Where each row's code is in the lists, which have the rows in this order."""
+    skipped = _before(_capacity(sizes)) - _before(sizes)
+    counted = np.uint32 if len(order) + _ALIGNED * len(sizes) <= 1 << 32 else np.int64
+    places = np.empty(len(order), dtype=counted)
+    places[order] = np.arange(len(order)) + np.repeat(skipped, sizes)
+    return places
 
 
 def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, sizes: np.ndarray, first_row: int) -> None:
@@ -63,9 +74,8 @@ def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, siz
     Codes are gathered so many rows at a time, each shard read in its own order.
     """
     width = shards[0].codes.shape[1]
-    capacity = np.asarray(_capacity(sizes))
-    ends = np.cumsum(sizes)
-    begins, places = ends - sizes, np.concatenate([[0], np.cumsum(capacity * (width + _ROW_BYTES))])
+    capacity, ends = _capacity(sizes), np.cumsum(sizes)
+    begins, places = ends - sizes, _before(capacity) * (width + _ROW_BYTES)
     at_once = max(1, GATHERED_BYTES // width)
     for start in range(0, len(order), at_once):
         rows = order[start : start + at_once]
@@ -93,8 +103,13 @@ def _gather(shards: Sequence[Shard], rows: np.ndarray) -> np.ndarray:
     return codes
 
 
-def _capacity(size: int | np.ndarray) -> int | np.ndarray:
+def _capacity(size: np.ndarray) -> np.ndarray:
     return -(-size // _ALIGNED) * _ALIGNED
+
+
+def _before(sizes: np.ndarray) -> np.ndarray:
+    """How many there are before each of some parts, (n,)."""
+    return np.cumsum(sizes) - sizes
 
 
 class KeyGroup:
@@ -116,11 +131,12 @@ class KeyGroup:
         self.begins = np.load(directory / "begins.npy", mmap_mode="r")
         self.ids = np.load(directory / "ids.npy", mmap_mode="r")
         self.rows = int(self.begins[-1])
-        capacity = np.asarray(_capacity(self._sizes))
+        self._capacity = _capacity(self._sizes)
         self._file = np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.rows else np.zeros(0, np.uint8)
         self._squares: dict[int, np.ndarray] = {}
-        self._width = len(self._file) // max(1, int(capacity.sum())) - _ROW_BYTES  # bytes a code, if there is any
-        self._begins = np.concatenate([[0], np.cumsum(capacity * (self._width + _ROW_BYTES))[:-1]])
+        self._width = len(self._file) // max(1, int(self._capacity.sum())) - _ROW_BYTES  # bytes a code, if there is any
+        self._firsts = _before(self._capacity)
+        self._places = np.load(directory / "places.npy", mmap_mode="r")
 
     @property
     def lengths(self) -> np.ndarray:
@@ -129,8 +145,8 @@ class KeyGroup:
 
     def list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The codes (n, bytes) uint8 and the row numbers (n,) int64 of an inverted list, where they lie."""
-        size, begin = int(self._sizes[number]), int(self._begins[number])
-        rows = begin + int(_capacity(size)) * self._width
+        size, begin = int(self._sizes[number]), int(self._firsts[number]) * (self._width + _ROW_BYTES)
+        rows = begin + int(self._capacity[number]) * self._width
         return (
             self._file[begin : begin + size * self._width].reshape(size, self._width),
             self._file[rows : rows + size * _ROW_BYTES].view(np.int64),
@@ -144,17 +160,11 @@ class KeyGroup:
 
     def codes(self, rows: np.ndarray) -> np.ndarray:
         """The codes (n, bytes) of rows (n,), numbered from the group's first."""
+        places = self._places[rows].astype(np.int64)
+        list_of = np.searchsorted(self._firsts, places, side="right") - 1
+        begins = places * self._width + self._firsts[list_of] * _ROW_BYTES
         every_byte = (max(0, len(self._file) - self._width + 1), self._width)
-        return np.lib.stride_tricks.as_strided(self._file, every_byte, (1, 1), writeable=False)[self._places[rows]]
-
-    @cached_property
-    def _places(self) -> np.ndarray:
-        """(rows,) int64, where in the file each row's code begins: 8 bytes a row, in memory."""
-        places = np.empty(self.rows, dtype=np.int64)
-        for number, begin in enumerate(self._begins.tolist()):
-            _, rows = self.list(number)
-            places[rows - self.first_row] = begin + np.arange(len(rows)) * self._width
-        return places
+        return np.lib.stride_tricks.as_strided(self._file, every_byte, (1, 1), writeable=False)[begins]
 
     def inverted_lists(self) -> faiss.OnDiskInvertedLists:
         """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted."""
@@ -168,7 +178,8 @@ class KeyGroup:
         address = int(found.lists.data().this)
         memory: Any = (ctypes.c_uint64 * (3 * len(self._sizes))).from_address(address)
         table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
-        table[:, 0], table[:, 1], table[:, 2] = self._sizes, _capacity(self._sizes), self._begins
+        table[:, 0], table[:, 1] = self._sizes, self._capacity
+        table[:, 2] = self._firsts * (self._width + _ROW_BYTES)
         if found.totsize:
             found.do_mmap()
         return found

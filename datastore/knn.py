@@ -28,8 +28,9 @@ from silo.retrieval import PROBES, Metric, SourceDocument
 
 QUERIES_PER_BATCH = 1 << 14
 """Queries that are searched for at a time, which bounds the memory that their candidates take."""
-QUERIES_PER_LIST = 8
-"""From so many queries to a list on, reading each list once is quicker than reading it for each query."""
+DECODED_PER_LIST = 1 << 22
+"""From so many coordinates on that FAISS would decode of a list for the queries that probe it, all in all, reading each
+list once is quicker: some five queries for 4 k keys of 192 coordinates, or two if they have 576."""
 SPARE = 32
 """Neighbours that are fetched beyond k where FAISS reads the lists."""
 MEASURED_AT_ONCE = 16
@@ -92,8 +93,8 @@ class NeighbourIndex:
         """The same, all at once."""
         asked = prepare(self._control.codes, keys, self._metric)
         probed = self._control.nearest(keys, self._probes, self._metric)
-        shared = probed.size >= QUERIES_PER_LIST * len(self._control.centroids)
-        if shared or self._metric != "l2" or not self.num_keys:
+        decoded = probed.size * self._control.dimension * self.num_keys / len(self._control.centroids) ** 2
+        if decoded >= DECODED_PER_LIST or self._metric != "l2" or not self.num_keys:
             return self._scanned(asked, k, probed)
         return self._one_by_one(asked, k, probed)
 

@@ -11,7 +11,7 @@ from datastore.integrity import read_sealed, sealed
 from silo.errors import UsageError
 from silo.files import canonical_json, sha256, write_file
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ domain's test split is read beside the whole store, and that of the permissive f
 Blocks are read in three ways: ours (two blocks every 64 tokens), In-Context RALM's (Ram 2023: one block every 4 tokens,
 looked up by 32) and SILO's (one block a window of text).
 
-Prints one JSON document: machine, command, commit, seed, data hash, result.
+With --keep, a run that was stopped goes on where it stood. Prints one JSON document: machine, command, commit, seed,
+data hash, result.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -56,6 +58,7 @@ WAYS = {
 }
 Splits = dict[str, dict[str, list[Document]]]
 """Domain → split → documents."""
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -67,6 +70,7 @@ def say(text: str) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--model", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--name", required=True, help="What the model is called in RESULTS.md.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Where what is done is kept.  [default: nowhere]")
 @click.option("--store-tokens", default=200_000, show_default=True, help="Of each restricted domain.")
 @click.option("--rehearsal-tokens", default=400_000, show_default=True, help="Of the rehearsal's store.")
 @click.option("--asked-tokens", default=80_000, show_default=True, help="That teach the gate.")
@@ -74,28 +78,28 @@ def say(text: str) -> None:
 @click.option("--ways-tokens", default=2_000, show_default=True, help="The same, for other ways to read blocks.")
 @click.option("--control-tokens", default=60_000, show_default=True)
 def main(
-    files: tuple[Path, ...], model: Path, name: str, store_tokens: int, rehearsal_tokens: int, asked_tokens: int,
-    tokens: int, ways_tokens: int, control_tokens: int,
+    files: tuple[Path, ...], model: Path, name: str, keep: Path | None, store_tokens: int, rehearsal_tokens: int,
+    asked_tokens: int, tokens: int, ways_tokens: int, control_tokens: int,
 ) -> None:  # fmt: skip
     """Measure, and print one JSON document."""
     lm = LanguageModel.load(model)
     permissive, restricted = split(files)
-    with tempfile.TemporaryDirectory(prefix="silo-equal-text-") as directory:
-        store = build(Path(directory) / "store", lm, model, permissive, restricted, store_tokens, control_tokens)
-        # Not the text that teaches the store's centroids, but the training split of the same domains.
-        teachers = [document for domain in permissive.values() for document in domain["train"]]
-        gate, taught = rehearse(
-            lm, store, teachers, METHODS, policy=DEFAULT_POLICY, trained_on=set(),
-            store_tokens=rehearsal_tokens, asked_tokens=asked_tokens,
-        )  # fmt: skip
+    with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="silo-equal-text-") as directory:
+        root = Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        store = build(root / "store", lm, model, permissive, restricted, store_tokens, control_tokens)
+        gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, rehearsal_tokens, asked_tokens)
         say(f"gate: {taught['nats_gained']}")
         mixture = store.mixture(lm, METHODS)
         domains = {**restricted, **permissive}
-        scores = {each: scored(mixture, of, tokens) for each, of in domains.items()}
+        scores = {each: kept(root / f"{each} read", scored, mixture, of, tokens) for each, of in domains.items()}
         for_all = fitted(joined([scores[each]["val"] for each in restricted]))
         rows = {each: measured(scores[each], for_all, gate) for each in domains}
         ways = {
-            way: {each: in_context(lm, store, settings, restricted[each], ways_tokens) for each in restricted}
+            way: {
+                each: kept(root / f"{each} by {way}", in_context, lm, store, settings, of, ways_tokens)
+                for each, of in restricted.items()
+            }
             for way, settings in {"ours": InContext(), **WAYS}.items()
         }
     report = {
@@ -112,6 +116,16 @@ def main(
         },
     }
     print(json.dumps(report, indent=1))
+
+
+def kept(path: Path, make: Callable[..., T], *args: Any) -> T:
+    """What was made in a run before, or is made now."""
+    if path.exists():
+        return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
+    found = make(*args)
+    torch.save(found, path.with_name(".partial"))
+    path.with_name(".partial").rename(path)
+    return found
 
 
 def split(files: Sequence[Path]) -> tuple[Splits, Splits]:
@@ -139,13 +153,28 @@ def taken(lm: LanguageModel, documents: Sequence[Document], tokens: int) -> Iter
 def build(
     path: Path, lm: LanguageModel, model: Path, permissive: Splits, restricted: Splits, tokens: int, control: int
 ) -> Store:
-    """One store of all restricted domains, with a control plane from permissive validation text."""
-    teachers = [d for domain in permissive.values() for d in taken(lm, domain["val"], control // len(permissive))]
-    keys = np.concatenate([lm.keys(lm.tokenize(document)) for document in teachers])
-    store = Store.create(path, lm, model / "tokenizer.json", ControlPlane.fit(keys, provenance(teachers)))
-    store.add([d for domain in restricted.values() for d in taken(lm, domain["train"], tokens)], lm)
+    """One store of all restricted domains, with a control plane from permissive validation text; finished, if a run
+    before left it half done."""
+    if not path.exists():
+        teachers = [d for domain in permissive.values() for d in taken(lm, domain["val"], control // len(permissive))]
+        keys = np.concatenate([lm.keys(lm.tokenize(document)) for document in teachers])
+        Store.create(path, lm, model / "tokenizer.json", ControlPlane.fit(keys, provenance(teachers)))
+    store = Store.open(path)
+    if not store.manifest.shards:
+        store.add([d for domain in restricted.values() for d in taken(lm, domain["train"], tokens)], lm)
     say(f"{store.describe()['tokens']:,} tokens of {len(store.manifest.shards)} owners in the store")
     return store
+
+
+def taught_gate(
+    lm: LanguageModel, store: Store, permissive: Splits, store_tokens: int, asked_tokens: int
+) -> tuple[Gate, dict[str, Any]]:
+    """A gate, from the training split of the permissive domains: not the text that teaches the store's centroids."""
+    teachers = [document for domain in permissive.values() for document in domain["train"]]
+    return rehearse(
+        lm, store, teachers, METHODS, policy=DEFAULT_POLICY, trained_on=set(),
+        store_tokens=store_tokens, asked_tokens=asked_tokens,
+    )  # fmt: skip
 
 
 def scored(mixture: Mixture, domain: dict[str, list[Document]], tokens: int) -> dict[str, Scores]:

@@ -24,8 +24,8 @@ from silo.weights import Weighing
 MATCHED_TOKENS = 1 << 16
 """Documents of so many tokens together are matched in one pass of the ∞-gram."""
 AHEAD_LOGITS = 1 << 27
-"""Logits in float32 that wait for the neighbours of their positions, those of readings with blocks among them: 512 MB.
-The more positions are asked for at a time, the less each costs."""
+"""The model's logits in float32 that wait for the neighbours of their positions: 512 MB. The more positions are asked
+for at a time, the less each costs."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some positions of a document, read by all methods but the neighbours."""
+    """Some positions of a document, read by model and ∞-gram: what there is before neighbours are looked up."""
 
     document: int
     begin: int
     asked: Asked
-    ric: BlockReading | None
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class Mixture:
         """Read documents of (n,) tokens in order, each position once; with the number of the document.
 
         Neighbours and ∞-grams are looked up for many documents at a time, which is faster than one by one and gives the
-        same.
+        same. Blocks are read when their turn comes, since what they say takes as much memory as what the model says.
         """
         current, past = -1, Past()
         for pieces in self._ahead(documents):
@@ -177,17 +176,22 @@ class Mixture:
             for piece, knn in zip(pieces, readings, strict=True):
                 if piece.document != current:
                     current, past = piece.document, Past()
-                asked, end = piece.asked, piece.begin + len(piece.asked.keys)
-                parts = Parts(piece.begin, end, asked.lm, knn, piece.ric, asked.ngram)
-                yield current, past.join(parts, documents[current])
+                asked, begin, end = piece.asked, piece.begin, piece.begin + len(piece.asked.keys)
+                ric = self._read_blocks(documents[current], begin, end)
+                yield current, past.join(Parts(begin, end, asked.lm, knn, ric, asked.ngram), documents[current])
+
+    def _read_blocks(self, tokens: np.ndarray, begin: int, end: int) -> BlockReading | None:
+        if self.blocks is None:
+            return None
+        return read_in_context(self.model, self.blocks, tokens, begin, end, self.in_context)
 
     def _ahead(self, documents: Sequence[np.ndarray]) -> Iterator[list[_Piece]]:
-        """Read by all methods but the neighbours, as far ahead as memory allows."""
+        """Read by model and ∞-gram, as far ahead as memory allows."""
         ahead: list[_Piece] = []
         numbers = 0
         for piece in self._pieces(documents):
             ahead.append(piece)
-            numbers += piece.asked.lm.logits.numel() + (0 if piece.ric is None else piece.ric.log_probabilities.numel())
+            numbers += piece.asked.lm.logits.numel()
             if self.neighbours is None or numbers > AHEAD_LOGITS:
                 yield ahead
                 ahead, numbers = [], 0
@@ -195,7 +199,7 @@ class Mixture:
             yield ahead
 
     def _pieces(self, documents: Sequence[np.ndarray]) -> Iterator[_Piece]:
-        """Read by all methods but the neighbours."""
+        """Read by model and ∞-gram."""
         start = 0
         while start < len(documents):
             stop, size = start, 0
@@ -215,13 +219,11 @@ class Mixture:
         begin = 0
         for keys, logits in self.model.logits(tokens):
             end = begin + len(logits)
-            ric, ngram, own = None, None, tokens[begin:end]
-            if self.blocks is not None:
-                ric = read_in_context(self.model, self.blocks, tokens, begin, end, self.in_context)
+            ngram, own = None, tokens[begin:end]
             if matches is not None and self.ngrams is not None:
                 contexts = np.arange(first + begin, first + end)
                 ngram = NgramReading(matches, self.ngrams, contexts, torch.from_numpy(own.astype(np.int64)))
-            yield _Piece(number, begin, Asked(keys, own, ModelReading.of(logits), ngram), ric)
+            yield _Piece(number, begin, Asked(keys, own, ModelReading.of(logits), ngram))
             begin = end
 
     def read_neighbours(self, pieces: Sequence[Asked]) -> Sequence[NeighbourReading | None]:

@@ -29,7 +29,8 @@ def decided(plane: ControlPlane, queries: np.ndarray, probes: int) -> np.ndarray
 
 
 def as_near(codes: Codes, queries: np.ndarray) -> Judge:
-    """A judge who wants the same squared distances from all, up to what their query (n, d) was moved by."""
+    """A judge who wants the same squared distances from all, up to what their query (n, d) was moved by, and to a
+    millionth of its squared length, which is what float32 leaves of a difference of squares."""
     moves = np.linalg.norm(prepare(codes, queries, "l2").keys - queries, axis=1)
-    judge = alike(1e-3, absolute=float(moves.max()))
+    judge = alike(1e-3, absolute=float(moves.max() + 1e-3 * np.linalg.norm(queries, axis=1).max()))
     return lambda given: judge({name: np.sqrt(each) for name, each in given.items()})

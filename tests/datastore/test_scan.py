@@ -40,7 +40,7 @@ def of_threads(count):
 @pytest.fixture
 def both(monkeypatch):
     """A function that makes searches go one way: lists read once for all queries, or by FAISS for each."""
-    return lambda each: monkeypatch.setattr(knn, "QUERIES_PER_LIST", 1e9 if each else 0)
+    return lambda each: monkeypatch.setattr(knn, "DECODED_PER_LIST", 1e18 if each else 0)
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 200])
