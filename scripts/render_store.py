@@ -10,9 +10,10 @@ from recording import provenance
 def store(record: dict[str, Any]) -> str:
     """A store of many owners: opening, searching, removing."""
     result, removal = record["result"], record["result"]["removal"]
-    near, blocks = result["neighbours"], result["blocks"]
+    near, few, blocks = result["neighbours"], result["few_neighbours"], result["blocks"]
     speed = "\n".join(
         f"| {owners} | {near['queries_per_second'][owners]:,.0f} | {near['ratio_to_merged'][owners]:.2f} × "
+        f"| {few['queries_per_second'][owners]:,.0f} | {few['ratio_to_merged'][owners]:.2f} × "
         f"| {blocks['queries_per_second'][owners]:,.0f} | {blocks['ratio_to_1'][owners]:.2f} × |"
         for owners in blocks["queries_per_second"]
     )
@@ -45,8 +46,9 @@ structures, checksums and syncing included. Larger models leave it a smaller sha
 Opening a store of 10 owners and its neighbours takes {result["opening"]["10"] * 1000:.0f} ms, of 1,000 owners \
 {result["opening"]["1000"] * 1000:.0f} ms.
 
-| owners | neighbours: queries/s | of one merged index | blocks: queries/s | of one owner's |
-|---:|---:|---:|---:|---:|
+| owners | neighbours, {result["queries"]["neighbours"]:,} queries at a time: queries/s | of one merged index \
+| {result["queries"]["few_neighbours"]:,} at a time | of one merged index | blocks: queries/s | of one owner's |
+|---:|---:|---:|---:|---:|---:|---:|
 {speed}
 
 Seconds that a removal takes, beside those in which it waits for the disk:

@@ -81,6 +81,8 @@ def store(result: Record, _: str) -> Iterator[Ratio]:
     yield Ratio("adding documents", "the model's forward pass", added, goal=0.85)
     for owners, found in _spread(result["neighbours"]["ratio_to_merged"], result["neighbours"]["spread"]):
         yield Ratio(f"neighbours, {_owners(owners)}", "one FAISS index", found, goal=0.8)
+    for owners, found in _spread(result["few_neighbours"]["ratio_to_merged"], result["few_neighbours"]["spread"]):
+        yield Ratio(f"few neighbours, {_owners(owners)}", "one FAISS index", found, goal=0.8)
     for owners, found in _spread(result["blocks"]["ratio_to_1"], result["blocks"]["spread"]):
         yield Ratio(f"blocks, {_owners(owners)}", "one Lucene index", found, goal=0.8)
 
