@@ -319,10 +319,53 @@ def three(records: dict[str, dict[str, Any]]) -> str:
     return f"{head}\n\n{lines}\n\n{more}"
 
 
+def repeated(record: dict[str, Any]) -> str:
+    """A suite on the same processor used in other ways."""
+    result = record["result"]
+    names = list(result["settings"])
+    told = [
+        f"{name} ({', '.join(f'`{key}={value}`' for key, value in of.items())})"
+        for name, of in result["settings"].items()
+        if of
+    ]
+    apart = [
+        max(abs(row["perplexity"][number] / row["perplexity"][0] - 1) for row in result["rows"])
+        for number in range(len(names))
+    ]
+    digits = [
+        sum(f"{row['perplexity'][number]:.3g}" != f"{row['perplexity'][0]:.3g}" for row in result["rows"])
+        for number in range(len(names))
+    ]
+    rows = "\n".join(
+        f"| {row['model']} | {row['domain']} | {row['mixture']} | "
+        + " | ".join(f"{each:.5f}" for each in row["perplexity"])
+        + " |"
+        for row in result["rows"]
+    )
+    summary = ". ".join(
+        f"{name}: apart by {apart[number]:.1e} of the perplexity at most, {digits[number]} of {len(result['rows'])} "
+        "numbers with other first three digits"
+        for number, name in enumerate(names)
+        if number
+    )
+    return f"""## A suite repeated
+
+`silo eval suite {result["suite"]["name"]}` on one model and store, run again with fewer threads or older instructions \
+than the processor has, so that sums come in another order: {"; ".join(told)}. {summary}.
+
+{provenance(record)}
+
+| model | domain | mixture | {" | ".join(names)} |
+|:---|:---|:---|{"---:|" * len(names)}
+{rows}
+"""
+
+
 SECTIONS = {
     "mixing": mixing,
     "mixing_smollm2": mixing,
     "evaluation": evaluation,
+    "suite_repeated": repeated,
     "bm25": bm25,
     "opening": opening,
     "growth": growth,

@@ -221,7 +221,8 @@ def subject(measure: Callable[..., dict[str, Any]]) -> Callable[..., None]:
         before = json.loads(recorded.read_text()) if recorded else None
         with chatter_on_stderr():
             measured = measure(**options)
-        report = {"machine": machine(), "command": command(), "commit": commit(), "spread": SPREAD, **measured}
+        made = {"machine": machine(), "command": command(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+        report = {**made, "spread": SPREAD, **measured}
         print(json.dumps(report, indent=1))
         if before:
             from bench.check import settle

@@ -147,3 +147,16 @@ def test_the_command_compares_two_files(tmp_path, store):
         done = subprocess.run(typed, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == status, done.stderr
         assert ("worse: neighbours, 200 owners" in done.stderr) == bool(status)
+
+
+def test_runs_of_another_day_are_told(bench, store):
+    """RESULTS.md says of each ratio whether both runs agree within their spreads; other work is not compared."""
+    render = importlib.import_module("render_results")
+    second = slower(store, 2) | {"date": "2026-11-27", "commit": "f" * 40}
+    told = render.repeated({"store": store}, {"store": second})
+    assert "11 of 12 ratios agree" in told
+    assert "store 2026-11-27 at `ffffffff`" in told
+    (worse,) = (line for line in told.splitlines() if line.endswith("| worse |"))
+    assert worse.startswith("| store | neighbours, 200 owners / speed of one FAISS index | ")
+    with pytest.raises(ValueError, match="store was repeated with something else: seed was 0 and is 1"):
+        render.repeated({"store": store}, {"store": store | {"seed": 1}})

@@ -153,7 +153,7 @@ def test_stdout_belongs_to_the_document(harness, capfd):
     out, err = capfd.readouterr()
     record = json.loads(out)
     assert record["result"] == {"rate": [2.0, 1.0, 3.0]}
-    assert set(record) == {"machine", "command", "commit", "spread", "result"}
+    assert set(record) == {"machine", "command", "commit", "date", "spread", "result"}
     assert "from Python" in err
     assert "from below" in err
 
