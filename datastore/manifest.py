@@ -70,7 +70,10 @@ class Manifest:
             raise UsageError(f"{path.parent} is not a store; make one with `silo datastore create`")
         content = read_sealed(path)
         if content["format"] != FORMAT:
-            raise UsageError(f"{path} has format {content['format']}; this version reads format {FORMAT}")
+            raise UsageError(
+                f"{path} has format {content['format']}; this version reads format {FORMAT}: make the store anew, or use "
+                "the version that wrote it"
+            )
         content["shards"] = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
         content["groups"] = [Group(**group) for group in content["groups"]]
         return cls(**content)
