@@ -71,8 +71,8 @@ class Manifest:
         content = read_sealed(path)
         if content["format"] != FORMAT:
             raise UsageError(
-                f"{path} has format {content['format']}; this version reads format {FORMAT}: make the store anew, or use "
-                "the version that wrote it"
+                f"{path} has format {content['format']}; this version reads format {FORMAT}: make the store anew, or "
+                "use the version that wrote it"
             )
         content["shards"] = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
         content["groups"] = [Group(**group) for group in content["groups"]]

@@ -187,7 +187,9 @@ def test_store_of_another_format_is_refused(store, bytes_of):
     content = read_sealed(store / "store.json")
     (store / "store.json").write_bytes(sealed({**content, "format": 99}))
     before = bytes_of(store)
-    assert "has format 99; this version reads format 4: make the store anew" in refused("datastore", "verify", store, code=2)
+    assert "has format 99; this version reads format 4: make the store anew" in refused(
+        "datastore", "verify", store, code=2
+    )
     assert bytes_of(store) == before
 
 
