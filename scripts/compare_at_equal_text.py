@@ -123,8 +123,9 @@ def kept(path: Path, make: Callable[..., T], *args: Any) -> T:
     if path.exists():
         return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
     found = make(*args)
-    torch.save(found, path.with_name(".partial"))
-    path.with_name(".partial").rename(path)
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save(found, partial)
+    partial.rename(path)
     return found
 
 
