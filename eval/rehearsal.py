@@ -9,7 +9,7 @@ all. Afterwards the rehearsal's store is deleted.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,7 @@ def rehearse(
     store.require_model(model)
     require_teachers(documents, policy, trained_on)
     cast = Cast.of(documents)
-    stored, left = [], store_tokens
-    for document in cast.stored:
-        if left <= 0:
-            break
-        stored.append(document)
-        left -= len(model.tokenize(document))
+    stored = list(taken(model, cast.stored, store_tokens))
     with tempfile.TemporaryDirectory(prefix="silo-rehearsal-") as directory:
         stage = Store.create(Path(directory) / "store", model, store.path / "tokenizer.json", store.control)
         stage.add(stored, model, progress=progress)
@@ -126,6 +121,15 @@ def rehearse(
         "asked_tokens": sum(map(len, scores)),
         "nats_gained": {"learnt": gained[0], "held_out": gained[1]},
     }
+
+
+def taken(model: LanguageModel, documents: Iterable[Document], tokens: int) -> Iterator[Document]:
+    """The first of some documents, until they have so many tokens."""
+    for document in documents:
+        if tokens <= 0:
+            return
+        tokens -= len(model.tokenize(document))
+        yield document
 
 
 def require_teachers(documents: Iterable[Document], policy: Policy, trained_on: set[str]) -> None:

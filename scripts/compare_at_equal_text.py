@@ -24,7 +24,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +34,12 @@ import click
 import numpy as np
 import torch
 from bench.control import read
-from recording import made
+from recording import files_hash, made, require_same_run
 
 from datastore.control import ControlPlane, provenance
 from datastore.store import Store
 from eval.perplexity import Scores, Text, described, fit, sample, score
-from eval.rehearsal import rehearse
+from eval.rehearsal import rehearse, taken
 from silo.documents import Document
 from silo.files import sha256
 from silo.gate import Gate
@@ -87,6 +87,8 @@ def main(
     with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="silo-equal-text-") as directory:
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
+        sizes = [store_tokens, rehearsal_tokens, asked_tokens, tokens, ways_tokens, control_tokens]
+        require_same_run(root, {"model": lm.fingerprint, "data": files_hash(files), "sizes": sizes})
         store = build(root / "store", lm, model, permissive, restricted, store_tokens, control_tokens)
         gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, rehearsal_tokens, asked_tokens)
         say(f"gate: {taught['nats_gained']}")
@@ -140,15 +142,6 @@ def split(files: Sequence[Path]) -> tuple[Splits, Splits]:
             documents.sort(key=lambda document: sha256(document.id.encode()))
         sides[0 if DEFAULT_POLICY.tier(domain["train"][0]).permissive else 1][file.name.partition(".")[0]] = domain
     return sides
-
-
-def taken(lm: LanguageModel, documents: Sequence[Document], tokens: int) -> Iterator[Document]:
-    """The first documents, until they have so many tokens."""
-    for document in documents:
-        if tokens <= 0:
-            return
-        tokens -= len(lm.tokenize(document))
-        yield document
 
 
 def build(

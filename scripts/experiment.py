@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow as pa
 import torch
@@ -223,11 +224,17 @@ def run_once(
         say: is told how it goes on.
     """
     record = directory / "run.json"
-    if record.exists():
-        return json.loads(record.read_bytes())
-    directory.mkdir(parents=True, exist_ok=True)
     tokens_a_step = settings["batch_size"] * settings["sequence_length"]
     steps = settings["token_budget"] // tokens_a_step
+    if record.exists():
+        found: dict[str, Any] = json.loads(record.read_bytes())
+        asked = {"steps": steps, **{name: settings[name] for name in ("seed", "learning_rate", "expert_learning_rate")}}
+        if asked != (before := {name: found[name] for name in asked}):
+            raise click.ClickException(
+                f"{directory} has a run of {before}, and this is {asked}; give another directory"
+            )
+        return found
+    directory.mkdir(parents=True, exist_ok=True)
     watch = Watch(directory / "curve.json", samples["val"], -(-steps // points), say)
     if not (directory / "model").exists():
         train(Recipe(output=directory / "model", **settings), say, watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -12,6 +13,8 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import click
 
 PACKAGES = ("torch", "transformers", "accelerate", "faiss-cpu", "pyserini", "numpy", "tokenizers")
 
@@ -69,6 +72,15 @@ def made(files: Iterable[Path], seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "data": files_hash(files),
     }
+
+
+def require_same_run(directory: Path, what: dict[str, Any]) -> None:
+    """Note in a directory what a run there is of; raise :class:`click.ClickException` if it was begun with something
+    else, since what is there would be told as if it were of this."""
+    file = directory / "begun_with.json"
+    if file.exists() and (before := json.loads(file.read_bytes())) != what:
+        raise click.ClickException(f"{directory} was begun with {before}, and this is {what}; give another directory")
+    file.write_text(json.dumps(what))
 
 
 def provenance(record: dict[str, Any]) -> str:

@@ -29,14 +29,13 @@ import numpy as np
 import torch
 import yaml
 from bench.control import read
-from compare_at_equal_text import taken
 from experiment import LENGTH, VOCABULARY, open_samples, prepare, run_once, say
-from recording import made
+from recording import files_hash, made, require_same_run
 
 from datastore.control import ControlPlane, provenance, read_trained_on
 from datastore.store import Store
 from eval.perplexity import sample, score, weighings_from_json
-from eval.rehearsal import rehearse
+from eval.rehearsal import rehearse, taken
 from eval.suite import Suite, load_suite, read_domains
 from eval.suite_report import result
 from eval.suite_run import Contestant, run, weights_file
@@ -139,6 +138,8 @@ def measure(
     files: tuple[Path, ...], out: Path, store_tokens: int, tokens: int, fit_tokens: int, rehearsal_tokens: int
 ) -> None:
     """Build both stores, score all domains, and print one JSON document."""
+    sizes = {"store_tokens": store_tokens, "rehearsal_tokens": rehearsal_tokens}
+    require_same_run(out / "runs", {"data": files_hash(files), **sizes})  # the suite's cells know what they are of
     domains = {file.name.partition(".")[0]: file for file in files}
     permissive = [name for name, file in domains.items() if is_permissive(file)]
     for side in SIDES:

@@ -319,7 +319,7 @@ def three(records: dict[str, dict[str, Any]]) -> str:
     return f"{head}\n\n{lines}\n\n{more}"
 
 
-def repeated(record: dict[str, Any]) -> str:
+def suite_repeated(record: dict[str, Any]) -> str:
     """A suite on the same processor used in other ways."""
     result = record["result"]
     names = list(result["settings"])
@@ -365,7 +365,7 @@ SECTIONS = {
     "mixing": mixing,
     "mixing_smollm2": mixing,
     "evaluation": evaluation,
-    "suite_repeated": repeated,
+    "suite_repeated": suite_repeated,
     "bm25": bm25,
     "opening": opening,
     "growth": growth,

@@ -30,9 +30,22 @@ from silo.documents import Document
 from silo.language_model import LanguageModel
 from silo.weights import METHODS
 
+
+def told(done: int, total: int) -> None:
+    """Progress."""
+    say(f"{done} of {total}")
+
+
+def of_neighbours(subject: Subject) -> dict[str, Any]:
+    """k, λ and τ, without the whole grid, of which the rows say the best."""
+    result = neighbours.study(subject, 1024, told)
+    del result["validation"]
+    return result
+
+
 STUDIES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "store-size": lambda subject: store_size.study(subject, 8, told),
-    "neighbours": lambda subject: of_neighbours(subject),
+    "neighbours": of_neighbours,
     "licenses": lambda subject: licenses.study(subject, told),
     "membership": lambda subject: membership.study(subject, "document", 32, told),
     "copying": lambda subject: copying.study(subject, prompts=32, prompt=32, written=128, temperature=0, progress=told),
@@ -84,18 +97,6 @@ def main(
         "result": {**described, "studies": {study: result}},
     }
     print(json.dumps(report, indent=1))
-
-
-def told(done: int, total: int) -> None:
-    """Progress."""
-    say(f"{done} of {total}")
-
-
-def of_neighbours(subject: Subject) -> dict[str, Any]:
-    """k, λ and τ, without the whole grid, of which the rows say the best."""
-    result = neighbours.study(subject, 1024, told)
-    del result["validation"]
-    return result
 
 
 def chosen(domains: Splits, side: str, documents: int) -> Sequence[Document]:

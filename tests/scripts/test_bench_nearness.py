@@ -1,6 +1,7 @@
 """The bench's judge of neighbours: what is compared with FAISS, and that it sees a wrong distance."""
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import pytest
 from datastore.control import ControlPlane
 from datastore.queries import prepare
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
 
 @pytest.fixture
 def nearness(monkeypatch):
     """``scripts/bench/nearness.py``."""
-    monkeypatch.syspath_prepend("scripts")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module("bench.nearness")
 
 
