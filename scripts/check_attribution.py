@@ -7,10 +7,9 @@ for each of the documents with the largest shares, the change of log p is predic
 compared with the change that is seen when the document is denied (which is exact: a view equals a store without it):
 
 - by the share: log(p - share) - log(p), which forgets that the others then divide the weight among them;
-- by what is left: neighbours and occurrences of the other documents, among those that were found, with the weights that
-  these then have; where none is left, the model's answer.
+- by what is left (:mod:`silo.leaving`): what the mixture says of the document's leaving when it explains a text.
 
-Neither knows what comes instead: the next neighbours, or what follows a shorter suffix. Weights λ are fixed.
+Weights λ are fixed.
 
 Prints one JSON document: machine, command, commit, seed, data hash, result.
 """
@@ -26,14 +25,14 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 from compare_at_equal_text import build, say, split
 from recording import made
 
 from datastore.store import Selection, Store
 from eval.perplexity import Text, sample
 from silo.language_model import LanguageModel
-from silo.mixture import Mixture, Parts
+from silo.leaving import Leaving
+from silo.mixture import Mixture
 from silo.weights import Weights
 
 WEIGHTS = Weights({"lm": 0.4, "knn": 0.3, "ngram": 0.3}, 4.0)
@@ -72,10 +71,7 @@ def main(files: tuple[Path, ...], model: Path, store_tokens: int, texts: int, ev
             "documents": len(chosen),
             "weights": WEIGHTS.to_json(),
             "correlation": {way: correlation(seen, way) for way in ("share", "left")},
-            "correlation_where_others_are_left": {
-                way: correlation([pair for pair in seen if pair["others"]], way) for way in ("share", "left")
-            },
-            "pairs_where_others_are_left": sum(pair["others"] for pair in seen),
+            "greatest_error": {way: greatest_error(seen, way) for way in ("share", "left")},
             "greatest_error_of_a_sum": max(pair["error_of_sum"] for pair in seen),
         },
     }
@@ -87,10 +83,16 @@ def correlation(pairs: list[Pair], way: str) -> float:
     return float(np.corrcoef([pair[way] for pair in pairs], [pair["seen"] for pair in pairs])[0, 1])
 
 
+def greatest_error(pairs: list[Pair], way: str) -> float:
+    """By how many nats a predicted change is off, at most."""
+    return max(abs(pair[way] - pair["seen"]) for pair in pairs)
+
+
 def predicted(mixture: Mixture, texts: list[Text], every: int) -> Iterator[Pair]:
     """Predictions for the documents with the largest shares of sampled tokens."""
     for number, parts in mixture.read([text.tokens for text in texts]):
         tokens = texts[number].tokens
+        leaving = Leaving(parts, tokens, WEIGHTS)
         for index in range(0, parts.end - parts.begin, every):
             token = int(tokens[parts.begin + index])
             shares = mixture.attribute(parts, index, token, WEIGHTS)
@@ -104,48 +106,17 @@ def predicted(mixture: Mixture, texts: list[Text], every: int) -> Iterator[Pair]
                 else math.fsum(s.probability for s in shares)
             )
             error = abs(p - math.fsum(share.probability for share in shares))
+            left = {document.id: without for document, without in leaving.at(index).items()}
             for id in sorted(of_document, key=lambda id: -of_document[id])[:DOCUMENTS_A_TOKEN]:
-                left, others = without(parts, index, token, id)
                 yield {
                     "text": number,
                     "position": parts.begin + index,
                     "document": id,
                     "share": math.log(max(p - of_document[id], 1e-12)) - math.log(p),
-                    "left": math.log(left) - math.log(p),
-                    "others": others,
+                    "left": math.log(left[id]) - math.log(p),
                     "p": p,
                     "error_of_sum": error,
                 }
-
-
-def without(parts: Parts, index: int, token: int, id: str) -> tuple[float, bool]:
-    """p of a token by what is left of what was found without a document, and whether each method has something left."""
-    lm = float(parts.lm.probability(torch.full((len(parts.lm),), token))[index])
-    total, others = WEIGHTS.by_method["lm"] * lm, True
-    knn, ngram = parts.knn, parts.ngram
-    if knn is None or ngram is None:
-        raise ValueError("the mixture has neighbours and n-grams")
-    weights = knn.weights(WEIGHTS.temperature)[index].numpy()
-    documents = knn.neighbours.documents[index]
-    numbers = {int(each) for each in documents if each >= 0 and knn.source.document(int(each)).id == id}
-    kept = ~np.isin(documents, list(numbers)) & (documents >= 0)
-    rest = weights[kept].sum()
-    hit = weights[kept & (knn.neighbours.values[index] == token)].sum()
-    others &= bool(rest > 0)
-    total += WEIGHTS.by_method["knn"] * (hit / rest if rest > 0 else lm)
-    context = ngram.contexts[index : index + 1]
-    following = ngram.matches.following(context)
-    origins = ngram.matches.origins(np.repeat(context, len(following.tokens)), following.tokens)
-    of_token = np.repeat(following.tokens, np.diff(origins.begins))
-    names = np.asarray([ngram.source.document(int(each)).id != id for each in origins.documents], dtype=bool)
-    count = origins.counts[names].sum()
-    hits = origins.counts[names & (of_token == token)].sum()
-    if bool(ngram.found[index]):
-        others &= bool(count > 0)
-        total += WEIGHTS.by_method["ngram"] * (hits / count if count > 0 else lm)
-    else:
-        total += WEIGHTS.by_method["ngram"] * lm
-    return float(total), others
 
 
 def observe(store: Store, lm: LanguageModel, texts: list[Text], id: str, pairs: list[Pair]) -> None:

@@ -72,7 +72,7 @@ validation text: perplexity over that of the model alone (geometric mean), and p
 def attribution(record: dict[str, Any]) -> str:
     """Predicted and seen changes of log p when a document is denied."""
     result = record["result"]
-    every, some = result["correlation"], result["correlation_where_others_are_left"]
+    correlation, error = result["correlation"], result["greatest_error"]
     return f"""## Does a share tell what would happen without the document?
 
 {result["documents"]} documents of a store denied one by one; {result["pairs"]:,} tokens of test text in which they \
@@ -81,12 +81,10 @@ of a token sum to its probability within {result["greatest_error_of_a_sum"]:.0e}
 
 {provenance(record)}
 
-| predicted by | all | where other documents were found too ({result["pairs_where_others_are_left"]:,}) |
+| predicted by | correlation | off by at most, nats |
 |:---|---:|---:|
-| what is left of what was found | {every["left"]:.4f} | {some["left"]:.4f} |
-| the share alone | {every["share"]:.4f} | {some["share"]:.4f} |
-
-Neither knows what is found in place of the document: the next neighbours, or what follows a shorter suffix.
+| what is left of what was found (`lm.explain`) | {correlation["left"]:.4f} | {error["left"]:.3f} |
+| the share alone | {correlation["share"]:.4f} | {error["share"]:.3f} |
 """
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from silo.errors import UsageError
 from silo.explanation import Answer, ExplainedToken, Explanation, pieces
+from silo.leaving import Leaving
 from silo.mixture import Mixture, attribute_all
 from silo.streaming import MixtureCache, Reader, Row
 from silo.weights import Weighing
@@ -111,7 +112,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
 
     def explain(self, text: str) -> Explanation:
         """Split the probability of each token of a text, from the start token on, into the model's share and one share
-        a document. Raises :class:`UsageError` if the text has no token."""
+        a document, and say what would change without each. Raises :class:`UsageError` if the text has no token."""
         tokens = self._tokens(text)
         if not tokens:
             raise UsageError("the text is empty; give one with at least one token")
@@ -172,8 +173,10 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         found = []
         for parts in self.reader.read(row, first):
             own = torch.tensor(tokens[parts.begin : parts.end])
-            for at, split in enumerate(attribute_all(parts, own, self.weighing), start=parts.begin):
-                found.append(ExplainedToken.of(tokens[at], texts[at - first], split))
+            leaving = Leaving(parts, np.asarray(tokens), self.weighing)
+            for index, split in enumerate(attribute_all(parts, own, self.weighing)):
+                at = parts.begin + index
+                found.append(ExplainedToken.of(tokens[at], texts[at - first], split, leaving.at(index)))
         return Explanation(tuple(found))
 
 

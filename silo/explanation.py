@@ -1,12 +1,12 @@
-"""What an answer rests on: for each token the model's share and each document's, their sums, and the notice that
-attribution licences ask for."""
+"""What an answer rests on: for each token the model's share and each document's, their sums, what would change if a
+document left, and the notice that attribution licences ask for."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import fsum
+from math import fsum, inf, log
 from typing import TYPE_CHECKING, Any
 
 from silo.purposes import asks_for_attribution
@@ -42,9 +42,14 @@ class ExplainedToken:
     """The model's share."""
     shares: tuple[DocumentShare, ...]
     """Largest first."""
+    without: Mapping[SourceDocument, float]
+    """What the probability would be without each document that was found (:mod:`silo.leaving`), also those that say
+    something else."""
 
     @classmethod
-    def of(cls, token: int, text: str, split: Sequence[Share]) -> ExplainedToken:
+    def of(
+        cls, token: int, text: str, split: Sequence[Share], without: Mapping[SourceDocument, float]
+    ) -> ExplainedToken:
         """Sum up the shares of methods."""
         lm = fsum(share.probability for share in split if share.document is None)
         found: dict[SourceDocument, dict[str, float]] = defaultdict(dict)
@@ -53,7 +58,7 @@ class ExplainedToken:
                 found[share.document][share.method] = share.probability
         shares = [DocumentShare(document, fsum(parts.values()), parts) for document, parts in found.items()]
         shares.sort(key=lambda share: (-share.probability, share.document.id))
-        return cls(token, text, fsum([lm, *(share.probability for share in shares)]), lm, tuple(shares))
+        return cls(token, text, fsum([lm, *(share.probability for share in shares)]), lm, tuple(shares), without)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,15 @@ class Explanation:
         """What each owner's documents give, most first."""
         return self._sums(lambda document: document.owner)
 
+    def changes(self) -> dict[SourceDocument, float]:
+        """By how much the logarithm of the whole answer's probability would change, in nats, if a document left, for
+        each that was found: below zero where it helps."""
+        found: dict[SourceDocument, list[float]] = defaultdict(list)
+        for each in self.tokens:
+            for document, left in each.without.items() if each.probability > 0 else ():
+                found[document].append(log(left) - log(each.probability) if left > 0 else -inf)
+        return {document: fsum(changes) for document, changes in found.items()}
+
     def _sums(self, name: Callable[[SourceDocument], str]) -> list[Contribution]:
         found: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for each in self.tokens:
@@ -111,11 +125,12 @@ class Explanation:
         return "\n".join(["This text draws on:", *lines]) if lines else ""
 
     def to_json(self) -> dict[str, Any]:
-        """Sums, notice and tokens."""
+        """Sums, notice and tokens; a ``change`` in nats is absent where nothing would be left."""
+        changes = self.changes()
         return {
             "lm": {"probability": self.lm.probability, "tokens": self.lm.tokens},
             "documents": [
-                {"document": document.id, **_described(document), **_numbers(given)}
+                {"document": document.id, **_described(document), **_numbers(given), **_change(changes[document])}
                 for document, given in self.documents()
             ],
             "owners": [{"owner": given.name, **_numbers(given)} for given in self.owners()],
@@ -151,6 +166,10 @@ def _described(document: SourceDocument) -> dict[str, str]:
 
 def _numbers(given: Contribution) -> dict[str, float]:
     return {"probability": given.probability, "tokens": given.tokens}
+
+
+def _change(change: float) -> dict[str, float]:
+    return {"change": change} if change > -inf else {}
 
 
 def pieces(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> list[str]:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from silo.errors import UsageError
 from silo.language_model import LanguageModel
+from silo.readings import Without
 from silo.retrieval import Block, BlockSource, SourceDocument
 
 CANDIDATES = 3
@@ -176,6 +177,18 @@ class BlockReading:
         """
         given = self.weights[index] * self._of_blocks(torch.full((len(self.found),), token))[index]
         return [(part, block.document) for part, block in zip(given.tolist(), self.blocks[index], strict=False)]
+
+    def without(self, index: int, token: int) -> Without:
+        """What the others' blocks give to one token at one position, weighed among themselves. Blocks that were read at
+        once say what they said, since what the model had said without one cannot be told."""
+        given = self._of_blocks(torch.full((len(self.found),), token))[index]
+        own = [block.document for block in self.blocks[index]]
+        found: Without = {}
+        for document in dict.fromkeys(own):
+            others = [number for number, each in enumerate(own) if each != document]
+            rest = float(self.weights[index][others].sum())
+            found[document] = float((self.weights[index] * given)[others].sum()) / rest if rest else None
+        return found
 
     def evidence(self) -> dict[str, np.ndarray]:
         """As :meth:`FoundBlocks.evidence`."""

@@ -7,6 +7,7 @@ method found nothing it says so, and the mixture gives its weight to the model.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ Temperature = float | torch.Tensor
 """τ of kNN-LM, in units of squared distance: one for all positions, or (n, 1)."""
 Shares = list[tuple[float, SourceDocument]]
 """Parts of one token's probability, and the documents that they come from."""
+Without = dict[SourceDocument, float | None]
+"""What a method would give to one token without each of the documents that it found; None where it has no other."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,19 @@ class NeighbourReading:
                 shares[int(document)] += weight
         return [(share, self.source.document(document)) for document, share in shares.items()]
 
+    def without(self, index: int, token: int, temperature: float) -> Without:
+        """What the others' neighbours give to one token at one position; those that would come next are not known."""
+        values, documents = self.neighbours.values[index], self.neighbours.documents[index]
+        numbers = np.unique(documents[documents >= 0])
+        left = np.where(documents == numbers[:, None], np.inf, self.neighbours.distances[index])
+        weights = neighbour_weights(torch.from_numpy(left), temperature).numpy()
+        given = (weights * (values == token)).sum(axis=1)
+        others = np.isfinite(np.min(left, axis=1))
+        return {
+            self.source.document(int(number)): float(given[row]) if others[row] else None
+            for row, number in enumerate(numbers)
+        }
+
     def evidence(self, lm: ModelReading) -> Evidence:
         """How near the first and the last neighbour are, whether the others agree with the first, and whether the
         model does."""
@@ -196,6 +212,33 @@ class NgramReading:
         pairs = zip(origins.documents.tolist(), origins.counts.tolist(), strict=True)
         return [(times / count, self.source.document(document)) for document, times in pairs]
 
+    def without(self, index: int, token: int, context: np.ndarray) -> Without:
+        """What the others' occurrences give to one token after a context (m,), which is the one of this position.
+
+        Where the suffix is one document's alone, that is what comes after the longest one that another has.
+        """
+        documents, counts, hits = _by_document(self.matches, int(self.contexts[index]), token)
+        others, other_hits = counts.sum() - counts, hits.sum() - hits
+        if len(documents) == 1:
+            others[0], other_hits[0] = self._of_others(int(documents[0]), token, context, index)
+        return {
+            self.source.document(number): hit / count if count else None
+            for number, count, hit in zip(documents.tolist(), others.tolist(), other_hits.tolist(), strict=True)
+        }
+
+    def _of_others(self, document: int, token: int, context: np.ndarray, index: int) -> tuple[int, int]:
+        """How often the longest suffix occurs that another document has, and how often with a token after it."""
+
+        def of_length(length: int) -> tuple[int, int]:
+            shorter = self.source.match([context[len(context) - length :]])
+            documents, counts, hits = _by_document(shorter, length, token)
+            other = documents != document
+            return int(counts[other].sum()), int(hits[other].sum())
+
+        lengths = range(1, int(self.matches.lengths[self.contexts[index]]))
+        longest = bisect_left(lengths, True, key=lambda length: not of_length(length)[0])
+        return of_length(longest) if longest else (0, 0)
+
     def evidence(self, lm: ModelReading) -> Evidence:
         """Length and count of the suffix, whether one token always follows it, and what the model gives to that."""
         found = self.found
@@ -209,6 +252,17 @@ class NgramReading:
             "ngram_class": torch.from_numpy(suffix_class(self.matches.lengths[self.contexts])) * 2 + sparse.double(),
         }
         return {"ngram_found": found.double(), **{name: torch.where(found, each, 0.0) for name, each in out.items()}}
+
+
+def _by_document(matches: NgramMatches, context: int, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The documents that have the suffix of a context, how often, and how often with a token after it; each (n,)."""
+    one = np.asarray([context])
+    following = matches.following(one)
+    origins = matches.origins(np.repeat(one, len(following.tokens)), following.tokens)
+    hits = origins.counts * np.repeat(following.tokens == token, np.diff(origins.begins))
+    documents, of = np.unique(origins.documents, return_inverse=True)
+    counts, hits = (np.bincount(of, weights=each, minlength=len(documents)) for each in (origins.counts, hits))
+    return documents, counts.astype(np.int64), hits.astype(np.int64)
 
 
 def suffix_class(lengths: np.ndarray) -> np.ndarray:
