@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from bench.harness import Measured
 from bench.ratios import ratios
 from recording import provenance
+
+MIXED = {"mixing": "a small model trained here", "mixing_smollm2": "SmolLM2-135M"}
+"""The records of what mixtures cost, and the models that they are of."""
 
 
 def columns(*values: object) -> str:
@@ -92,7 +96,7 @@ def times(found: dict[str, Any], base: str, name: str) -> list[str]:
     ]
 
 
-def mixing(record: dict[str, Any]) -> str:
+def mixing(record: dict[str, Any], model: str) -> str:
     """What mixtures cost beside the model alone, how neighbours are searched, and others' loops."""
     result = record["result"]
     store, scored, mixed, near = (result[name] for name in ("store", "scored", "mixtures", "neighbours"))
@@ -108,7 +112,7 @@ def mixing(record: dict[str, Any]) -> str:
     dealt = result["ngram"]
     (first,) = (name.removeprefix("times_") for name in dealt if name.startswith("times_"))
     owners = "; ".join(
-        f"{name} {rate:,.0f} tokens/s, {times(dealt, first, name)[0]} × the time of {first}"
+        f"of {name} {rate:,.0f} tokens/s, {times(dealt, first, name)[0]} × the time of one"
         for name, rate in dealt["tokens_per_second"].items()
     )
     own = (
@@ -116,7 +120,7 @@ def mixing(record: dict[str, Any]) -> str:
         if result["own_keys"] < store["tokens"]
         else "each with a key of its own"
     )
-    return f"""## What mixtures cost
+    return f"""## What mixtures cost: {model}
 
 A store of {store["tokens"]:,} tokens of {store["documents"]:,} documents in {store["groups"]} groups, {own}; \
 {scored["tokens"]:,} tokens of other documents are scored. All take turns, {record["rounds"]} rounds, medians with \
@@ -134,7 +138,7 @@ Neighbours by the lists that are read and how many are taken; perplexity with th
 |:---|---:|---:|---:|---:|
 {curve}
 
-The ∞-gram alone: {owners}.
+The ∞-gram alone: {owners.replace("of 1 owners", "of one owner")}.
 {spared(result["spared"]) if "spared" in result else ""}{loops(result["peers"]) if "peers" in result else ""}"""
 
 
@@ -296,10 +300,9 @@ def three(records: dict[str, dict[str, Any]]) -> str:
             f"Neighbours, {at_once['neighbours']:,} at a time, are found among the keys of "
             f"2,000 owners at {measured(list(near))} × the speed of one bare FAISS index of the same keys."
         )
-    models = {"mixing": "a small model trained here", "mixing_smollm2": "SmolLM2-135M"}
     mixed = [
         f"{measured(list(of[name]['scoring, all methods / time of the model alone'].measured))} × with {model}"
-        for name, model in models.items()
+        for name, model in MIXED.items()
         if name in of
     ]
     if mixed:
@@ -362,8 +365,7 @@ than the processor has, so that sums come in another order: {"; ".join(told)}. {
 
 
 SECTIONS = {
-    "mixing": mixing,
-    "mixing_smollm2": mixing,
+    **{name: partial(mixing, model=model) for name, model in MIXED.items()},
     "evaluation": evaluation,
     "suite_repeated": suite_repeated,
     "bm25": bm25,

@@ -68,7 +68,7 @@ def test_the_bench_of_mixing_is_read(bench):
         "peers": {"k": 256, "probes": 4, "same_distances": 1.0, **raced("ours", "silo-lm")},
     }
     record = {"command": "python scripts/bench mixing f.jsonl", "result": result}
-    told = importlib.import_module("render_bench").mixing(MADE | record)
+    told = importlib.import_module("render_bench").mixing(MADE | record, "a model")
     assert told.count("\n| ") == 9  # three heads, two rows each
     assert "| some | 50% |" in told
     assert "silo-lm " in told
