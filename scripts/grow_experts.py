@@ -46,8 +46,7 @@ FURTHER_TEXT = 1000
 @click.option("--report", is_flag=True, help="Train nothing; print what there is.")
 def main(
     files: tuple[Path, ...], out: Path, experts: tuple[int, int], tokens: int, further: int, batch: int, points: int,
-    seeds: tuple[int, ...],
-    learning_rate: float, expert_learning_rate: float, report: bool,
+    seeds: tuple[int, ...], learning_rate: float, expert_learning_rate: float, report: bool,
 ) -> None:  # fmt: skip
     """Train what is missing, and print one JSON document."""
     torch.set_num_threads(1)
