@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -229,6 +230,7 @@ class NgramReading:
     def _of_others(self, document: int, token: int, context: np.ndarray, index: int) -> tuple[int, int]:
         """How often the longest suffix occurs that another document has, and how often with a token after it."""
 
+        @cache
         def of_length(length: int) -> tuple[int, int]:
             shorter = self.source.match([context[len(context) - length :]])
             documents, counts, hits = _by_document(shorter, length, token)
