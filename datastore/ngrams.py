@@ -9,7 +9,7 @@ documents, so that the result is the same however documents are spread over shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,12 +18,16 @@ import numpy as np
 from datastore.keys import KeyGroup
 from datastore.suffixes import Found, Query, Suffixes
 from silo.errors import UsageError
-from silo.retrieval import NextTokens, Origins, SourceDocument
+from silo.retrieval import NextTokens, Origins, SourceDocument, Spread
 
 FAR = 64
 """Runs as long as this are compared to their ends only from every so many places on. Between two places that reach
 equally far, or runs that occur equally often, all others do too; so text that is in the store already, whole, takes no
 time quadratic in its length."""
+
+
+OCCURRENCES_AT_ONCE = 1 << 24
+"""What comes after suffixes is listed for so many occurrences at a time, which bounds the memory of the lists."""
 
 
 class NgramIndex:
@@ -66,7 +70,7 @@ class NgramIndex:
 
     def match(self, sequences: Sequence[np.ndarray]) -> Matches:
         """Match every context of sequences of (T,) tokens, T of each as it likes."""
-        return Matches.make(self.suffixes(), sequences)
+        return Matches(self.suffixes(), sequences)
 
     def document(self, index: int) -> SourceDocument:
         """The document behind an index in :attr:`silo.retrieval.Origins.documents`."""
@@ -75,67 +79,91 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class Spans:
-    """Where contexts' longest suffixes were found with a token after them; arrays of shape (m,), sorted by context."""
+    """Where m suffixes were found with a token after them; arrays of shape (spans,), sorted by suffix."""
 
     groups: np.ndarray
-    contexts: np.ndarray
+    suffixes: np.ndarray
+    """Which of the m."""
     firsts: np.ndarray
-    """The first suffix in the order of its group."""
+    """The first in the order of its group."""
     counts: np.ndarray
     """How many there are in a row."""
 
 
-@dataclass(frozen=True)
-class Matches:
-    """What :class:`silo.retrieval.NgramMatches` asks for."""
+class Counts:
+    """What :class:`silo.retrieval.NgramCounts` asks for."""
 
-    begins: np.ndarray
-    lengths: np.ndarray
-    counts: np.ndarray
-    hits: np.ndarray
-    _suffixes: list[Suffixes]
-    _spans: Spans
+    def __init__(
+        self, groups: list[Suffixes], spans: Spans, suffixes: np.ndarray, lengths: np.ndarray, hits: np.ndarray
+    ) -> None:
+        """Say what was found.
 
-    @classmethod
-    def make(cls, suffixes: list[Suffixes], sequences: Sequence[np.ndarray]) -> Matches:
-        """Match sequences against the suffixes of some groups."""
-        sizes = np.asarray([len(tokens) + 1 for tokens in sequences], dtype=np.int64)
-        begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        # Each sequence is followed by a token that no run reaches, so that its contexts and its places are as many.
-        query = Query(np.concatenate([np.zeros(0, np.int64), *(each for one in sequences for each in (one, [0]))]))
-        ends = np.repeat(begins[1:] - 1, sizes)
-        search = _Search(suffixes, query, ends)
-        starts = np.searchsorted(search.reach, np.arange(len(ends)))
-        lengths = np.arange(len(ends)) - starts
-        counts, hits, spans = search.count(starts, lengths)
-        return cls(begins, lengths, counts, hits, suffixes, spans)
+        Args:
+            groups: that were searched.
+            spans: of m suffixes.
+            suffixes: (n,) which of them each context has; -1 for none.
+            lengths: (n,) tokens of each context's.
+            hits: (n,) as :attr:`silo.retrieval.NgramCounts.hits`.
+        """
+        self._groups, self._spans, self._suffixes = groups, spans, suffixes
+        self.lengths, self.hits = lengths, hits
+        number = int(suffixes.max(initial=-1)) + 1
+        self._counts = np.bincount(spans.suffixes, weights=spans.counts, minlength=number).astype(np.int64)
+        self._depths = np.zeros(number, dtype=np.int64)
+        self._depths[suffixes[suffixes >= 0]] = lengths[suffixes >= 0]
+        self._kinds = np.where(self._counts == 1, 1, 0)  # of those that occur more often when they are asked for
+        self.counts = np.where(suffixes >= 0, self._counts[suffixes], 0) if number else np.zeros_like(lengths)
+
+    def kinds(self, contexts: np.ndarray) -> np.ndarray:
+        """(m,) int64: how many different tokens come after some contexts' suffixes."""
+        asked = self._suffixes[contexts]
+        unknown = np.unique(asked[asked >= 0])
+        unknown = unknown[(self._counts[unknown] > 1) & (self._kinds[unknown] == 0)]
+        one, of = self._distinct(unknown)
+        found = [np.diff(self._following(some).begins) for some in _split(one, self._counts[one])]
+        self._kinds[unknown] = np.concatenate([np.zeros(0, np.int64), *found])[of]
+        return np.where(asked >= 0, self._kinds[asked], 0) if len(self._kinds) else np.zeros_like(asked)
+
+    def _distinct(self, suffixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of (m,) suffixes that occur, each of which may be had by several contexts, one for all that are equal; and
+        which of these each is."""
+        span = np.searchsorted(self._spans.suffixes, suffixes)
+        place = np.stack([self._spans.groups[span], self._spans.firsts[span], self._depths[suffixes]])
+        order = np.lexsort(place)
+        changed = np.any(np.diff(place[:, order], axis=1) != 0, axis=0)
+        of = np.empty(len(order), dtype=np.int64)
+        of[order] = np.cumsum(np.concatenate([np.zeros(min(1, len(order)), dtype=np.int64), changed]))
+        return suffixes[order[np.concatenate([np.ones(min(1, len(order)), dtype=bool), changed])]], of
 
     @cached_property
     def single(self) -> np.ndarray:
         """(n,) int64: the token that comes after every occurrence of a context's suffix, or -1 if there are several."""
-        lowest = np.full(len(self.lengths), np.iinfo(np.int64).max)
-        highest = np.full(len(self.lengths), -1, dtype=np.int64)
-        for number, suffixes in enumerate(self._suffixes):
+        lowest = np.full(len(self._counts), np.iinfo(np.int64).max)
+        highest = np.full(len(self._counts), -1, dtype=np.int64)
+        for number, group in enumerate(self._groups):
             own = self._spans.groups == number
-            contexts, firsts, counts = (
-                of[own] for of in (self._spans.contexts, self._spans.firsts, self._spans.counts)
-            )
-            # A span is in the order of its next tokens, and a group has one span of a context at most.
-            depths = self.lengths[contexts]
-            lowest[contexts] = np.minimum(lowest[contexts], suffixes.tokens(firsts, depths))
-            highest[contexts] = np.maximum(highest[contexts], suffixes.tokens(firsts + counts - 1, depths))
-        return np.where(lowest == highest, highest, -1)
+            of, firsts, counts = (each[own] for each in (self._spans.suffixes, self._spans.firsts, self._spans.counts))
+            # A span is in the order of its next tokens, and a group has one span of a suffix at most.
+            depths = self._depths[of]
+            lowest[of] = np.minimum(lowest[of], group.tokens(firsts, depths))
+            highest[of] = np.maximum(highest[of], group.tokens(firsts + counts - 1, depths))
+        one = np.append(np.where(lowest == highest, highest, -1), -1)
+        return one[self._suffixes]
 
     def following(self, contexts: np.ndarray) -> NextTokens:
-        """All tokens that come after the longest suffixes of some contexts, given by their (m,) numbers."""
+        """All tokens that come after the suffixes of some contexts, given by their (m,) numbers."""
+        return self._following(self._suffixes[contexts])
+
+    def _following(self, suffixes: np.ndarray) -> NextTokens:
+        """The same of (m,) suffixes."""
         found = [np.zeros((3, 0), dtype=np.int64)]
-        for group, asked, spans in self._by_group(contexts):
+        for group, asked, spans in self._by_group(suffixes):
             found.append(self._runs(group, asked, spans))
         asked, tokens, counts = np.concatenate(found, axis=1)
-        order = np.lexsort((tokens, asked))
+        order = np.argsort((asked << 32) | tokens)  # tokens are uint32 at the widest
         asked, tokens, counts = asked[order], tokens[order], counts[order]
         first = _first_of_each(asked, tokens)
-        begins = np.searchsorted(asked[first], np.arange(len(contexts) + 1))
+        begins = np.searchsorted(asked[first], np.arange(len(suffixes) + 1))
         return NextTokens(begins, tokens[first], _sums(counts, first))
 
     def _runs(self, group: int, asked: np.ndarray, spans: np.ndarray) -> np.ndarray:
@@ -144,8 +172,8 @@ class Matches:
         A span is in the order of its next tokens. It is halved until both ends have the same, so that a span of many
         suffixes and few tokens takes few steps.
         """
-        suffixes = self._suffixes[group]
-        depths = self.lengths[self._spans.contexts[spans]]
+        suffixes = self._groups[group]
+        depths = self._depths[self._spans.suffixes[spans]]
         low = self._spans.firsts[spans]
         high = low + self._spans.counts[spans] - 1
         done = [np.zeros((3, 0), dtype=np.int64)]
@@ -159,17 +187,19 @@ class Matches:
             low, high = np.concatenate([low, middle + 1]), np.concatenate([middle, high])
         return np.concatenate(done, axis=1)
 
+    def occurrences(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """How often (m,) tokens come after the suffixes of (m,) contexts."""
+        found = np.zeros(len(contexts), dtype=np.int64)
+        for _, asked, _, sizes in self._with_token(contexts, tokens):
+            found += np.bincount(asked, weights=sizes, minlength=len(found)).astype(np.int64)
+        return found
+
     def origins(self, contexts: np.ndarray, tokens: np.ndarray) -> Origins:
         """The documents behind the counts of (m,) tokens after (m,) contexts."""
         found = [np.zeros((2, 0), dtype=np.int64)]
         hashes = [np.zeros(0, dtype=np.uint64)]
-        for group, asked, spans in self._by_group(contexts):
-            suffixes = self._suffixes[group]
-            depths, low = self.lengths[self._spans.contexts[spans]], self._spans.firsts[spans]
-            high = low + self._spans.counts[spans]
-            wanted = np.asarray(tokens, dtype=np.int64)[asked]
-            first = _first_reaching(suffixes, low, high, depths, wanted)
-            sizes = _first_reaching(suffixes, first, high, depths, wanted + 1) - first
+        for group, asked, first, sizes in self._with_token(contexts, tokens):
+            suffixes = self._groups[group]
             documents = suffixes.documents(_ranges(first, sizes))
             found.append(np.stack([np.repeat(asked, sizes), documents + (group << 32)]))
             hashes.append(suffixes.keys.ids[documents])
@@ -180,13 +210,68 @@ class Matches:
         begins = np.searchsorted(asked[first], np.arange(len(contexts) + 1))
         return Origins(begins, documents[first], _sums(np.ones_like(asked), first))
 
-    def _by_group(self, contexts: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """The spans of some contexts by group: (group, which context was asked for, number of the span)."""
-        low = np.searchsorted(self._spans.contexts, contexts)
-        sizes = np.searchsorted(self._spans.contexts, contexts, side="right") - low
-        spans, asked = _ranges(low, sizes), np.repeat(np.arange(len(contexts)), sizes)
+    def _with_token(
+        self, contexts: np.ndarray, tokens: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Where (m,) tokens come after (m,) contexts, by group: (group, which was asked, first suffix, how many)."""
+        for group, asked, spans in self._by_group(self._suffixes[contexts]):
+            suffixes = self._groups[group]
+            depths, low = self._depths[self._spans.suffixes[spans]], self._spans.firsts[spans]
+            high = low + self._spans.counts[spans]
+            wanted = np.asarray(tokens, dtype=np.int64)[asked]
+            first = _first_reaching(suffixes, low, high, depths, wanted)
+            yield group, asked, first, _first_reaching(suffixes, first, high, depths, wanted + 1) - first
+
+    def spread(self, context: int) -> Spread:
+        """The documents in which one context's suffix occurs."""
+        found = [np.zeros((2, 0), dtype=np.int64)]
+        for group, _, spans in self._by_group(self._suffixes[context : context + 1]):
+            places = _ranges(self._spans.firsts[spans], self._spans.counts[spans])
+            depths = np.full_like(places, self.lengths[context])
+            suffixes = self._groups[group]
+            found.append(np.stack([suffixes.documents(places) + (group << 32), suffixes.tokens(places, depths)]))
+        documents, tokens = np.concatenate(found, axis=1)
+        names, of, counts = np.unique(documents, return_inverse=True, return_counts=True)
+        pairs = np.unique(np.stack([tokens, of]), axis=1)
+        _, which, times = np.unique(pairs[0], return_inverse=True, return_counts=True)
+        alone = pairs[1][times[which] == 1]
+        return Spread(names, counts, np.bincount(alone, minlength=len(names)))
+
+    def _by_group(self, suffixes: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """The spans of (m,) suffixes by group: (group, which of the m, number of the span)."""
+        low = np.searchsorted(self._spans.suffixes, suffixes)
+        sizes = np.searchsorted(self._spans.suffixes, suffixes, side="right") - low
+        spans, asked = _ranges(low, sizes), np.repeat(np.arange(len(suffixes)), sizes)
         of = self._spans.groups[spans]
         return [(int(group), asked[of == group], spans[of == group]) for group in np.unique(of)]
+
+
+class Matches(Counts):
+    """What :class:`silo.retrieval.NgramMatches` asks for."""
+
+    def __init__(self, groups: list[Suffixes], sequences: Sequence[np.ndarray]) -> None:
+        """Match sequences against the suffixes of some groups."""
+        sizes = np.asarray([len(tokens) + 1 for tokens in sequences], dtype=np.int64)
+        self.begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        # Each sequence is followed by a token that no run reaches, so that its contexts and its places are as many.
+        query = Query(np.concatenate([np.zeros(0, np.int64), *(each for one in sequences for each in (one, [0]))]))
+        self._search = _Search(groups, query, np.repeat(self.begins[1:] - 1, sizes))
+        starts = np.searchsorted(self._search.reach, np.arange(len(query.tokens)))
+        lengths = np.arange(len(starts)) - starts
+        hits, spans = self._search.count(starts, lengths)
+        super().__init__(groups, spans, np.arange(len(starts)), lengths, hits)
+        self._shorter: dict[int, Counts] = {}
+
+    def shorter(self, length: int) -> Counts:
+        """The same contexts' suffixes of so many tokens; looked up when they are first asked for."""
+        if length not in self._shorter:
+            contexts = np.flatnonzero(self.lengths > length)
+            which, hits, spans = self._search.count_grams(contexts, length)
+            suffixes, all_hits = np.full(len(self.lengths), -1, dtype=np.int64), np.zeros_like(self.lengths)
+            suffixes[contexts], all_hits[contexts] = which, hits
+            lengths = np.full_like(self.lengths, length)
+            self._shorter[length] = Counts(self._groups, spans, suffixes, lengths, all_hits)
+        return self._shorter[length]
 
 
 class _Search:
@@ -251,11 +336,11 @@ class _Search:
         both = [np.maximum(each.left, each.right)[places] for each in found]
         return np.max([np.zeros_like(places), *both], axis=0)
 
-    def count(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, Spans]:
+    def count(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, Spans]:
         """Count the longest suffixes of all contexts, given by where they start and their lengths; each (n,).
 
         Returns:
-            How often each occurs with a token after it; how often with the one that its sequence goes on with; where.
+            How often each occurs with the token that its sequence goes on with; where it does with any.
         """
         runs_on = np.zeros(len(starts), dtype=bool)
         runs_on[:-1] = starts[1:] == starts[:-1]
@@ -264,19 +349,51 @@ class _Search:
         ending = np.flatnonzero(~runs_on)
         marks = (lengths <= FAR) | (lengths % FAR == 0) | ~runs_on
         marks[1:] |= ~runs_on[:-1]
-        counts, hits, spans = np.zeros_like(starts), np.zeros_like(starts), [np.zeros((4, 0), dtype=np.int64)]
+        hits, spans = np.zeros_like(starts), []
         for group in range(len(self._suffixes)):
             first, full = self._extents(group, starts, lengths, marks)
-            ended = self._suffixes[group].exact(first, full, lengths)
-            count = full - ended
-            counts += count
+            spans.append(self._followed(group, first, full, lengths))
             hits[:-1] += np.where(runs_on[:-1], full[1:], 0)
             hits[ending] += self._extents(group, starts[ending], lengths[ending] + 1)[1]
-            some = np.flatnonzero(count)
-            spans.append(np.stack([np.full_like(some, group), some, (first + ended)[some], count[some]]))
-        groups, of, firsts, sizes = np.concatenate(spans, axis=1)
-        order = np.argsort(of, kind="stable")
-        return counts, hits, Spans(groups[order], of[order], firsts[order], sizes[order])
+        return hits, _joined(spans)
+
+    def count_grams(self, contexts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, Spans]:
+        """Count the suffixes of one length of some contexts (m,), of which each occurs; equal ones once.
+
+        Returns:
+            Which of the suffixes each context has; how often it occurs with the token that its sequence goes on with;
+            where each suffix does with any.
+        """
+        starts = contexts - length
+        going_on = np.flatnonzero(contexts < self._ends[contexts])
+        one, of = self._distinct(starts, length)
+        longer, of_longer = self._distinct(starts[going_on], length + 1)
+        counts, spans = np.zeros_like(longer), []
+        for group in range(len(self._suffixes)):
+            lengths = np.full_like(one, length)
+            spans.append(self._followed(group, *self._extents(group, one, lengths), lengths))
+            counts += self._extents(group, longer, np.full_like(longer, length + 1))[1]
+        hits = np.zeros_like(contexts)
+        hits[going_on] = counts[of_longer]
+        return of, hits, _joined(spans)
+
+    def _distinct(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of the different runs of a length begins first, and which of these the run from each start is."""
+        names, first = np.zeros_like(starts), np.zeros_like(starts)
+        for at in range(length):
+            tokens = self._query.tokens[starts + at]
+            names = names * (int(tokens.max(initial=0)) + 1) + tokens
+            _, first, names = np.unique(names, return_index=True, return_inverse=True)
+        return starts[first], names
+
+    def _followed(
+        self, group: int, first: np.ndarray, full: np.ndarray, lengths: np.ndarray
+    ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """Of runs that so many of a group's suffixes begin with, those with a token after them: (group, which, the
+        first, how many)."""
+        ended = self._suffixes[group].exact(first, full, lengths)
+        some = np.flatnonzero(full > ended)
+        return group, some, (first + ended)[some], (full - ended)[some]
 
     def _extents(
         self, group: int, starts: np.ndarray, lengths: np.ndarray, marks: np.ndarray | None = None
@@ -301,6 +418,20 @@ class _Search:
         first[same], full[same] = first[before[same]], full[before[same]]
         look(np.flatnonzero(~marks & ~same))
         return first, full
+
+
+def _joined(found: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Spans:
+    """The spans of all groups, sorted by suffix."""
+    none = np.zeros((4, 0), dtype=np.int64)
+    parts = [np.stack([np.full_like(which, group), which, *rest]) for group, which, *rest in found]
+    spans = np.concatenate([none, *parts], axis=1)
+    return Spans(*spans[:, np.argsort(spans[1], kind="stable")])
+
+
+def _split(suffixes: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Suffixes (m,) in parts that occur about :data:`OCCURRENCES_AT_ONCE` times together."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(counts) // OCCURRENCES_AT_ONCE)) + 1
+    return np.split(suffixes, cuts) if len(suffixes) else []
 
 
 def _around(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

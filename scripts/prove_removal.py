@@ -45,6 +45,7 @@ from silo.documents import Document
 from silo.files import canonical_json, sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
+from silo.readings import SHORTER
 from silo.sources import open_source
 from silo.weights import Weights
 
@@ -131,7 +132,10 @@ class Proof:
         texts = [self.lm.tokenize(text.document)[:256].astype(np.int64) for text in self.texts]
         matches = ngrams.match(texts)
         following = matches.following(np.flatnonzero(matches.lengths > 1))
-        suffixes = (matches.lengths, matches.counts, matches.hits, following.tokens, following.counts)
+        suffixes = [matches.lengths, matches.counts, matches.hits, following.tokens, following.counts]
+        every = np.arange(len(matches.lengths))
+        for shorter in (matches.shorter(length) for length in SHORTER):
+            suffixes += [shorter.counts, shorter.hits, shorter.kinds(every)]
         mixture = open_mixture(self.lm, store)
         weights = Weights({method: 1 / len(mixture.methods) for method in mixture.methods}, 8.0)
         return {

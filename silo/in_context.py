@@ -157,6 +157,11 @@ class BlockReading:
     """(rows, vocabulary) float32."""
     features: dict[str, np.ndarray]
 
+    @property
+    def left(self) -> torch.Tensor:
+        """(n,) float64: what is left to the model, which is all or nothing."""
+        return torch.from_numpy(~self.found).double()
+
     def probability(self, targets: torch.Tensor) -> torch.Tensor:
         """What the blocks give to one token a position: targets (n,) → (n,) float64, zero where none was read."""
         return (self.weights * self._of_blocks(targets)).sum(dim=1)
@@ -187,7 +192,8 @@ class BlockReading:
         for document in dict.fromkeys(own):
             others = [number for number, each in enumerate(own) if each != document]
             rest = float(self.weights[index][others].sum())
-            found[document] = float((self.weights[index] * given)[others].sum()) / rest if rest else None
+            given_by_others = float((self.weights[index] * given)[others].sum())
+            found[document] = (given_by_others / rest, 0.0) if rest else (0.0, 1.0)
         return found
 
     def evidence(self) -> dict[str, np.ndarray]:

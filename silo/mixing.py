@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 
@@ -35,6 +36,33 @@ def neighbour_distribution(weights: torch.Tensor, values: torch.Tensor, vocab_si
 def neighbour_probability(weights: torch.Tensor, values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The same for one token a row only: targets (n,) give probabilities (n,), float64."""
     return (weights * (values == targets.unsqueeze(1))).sum(dim=1)
+
+
+def discounted(
+    orders: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], discount: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """What n-grams of several lengths say of a token, each leaving to shorter ones what it takes off its counts.
+
+    Absolute discounting, interpolated (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.7):
+    p_l(w) = max(c_l(w) - D, 0) / c_l + D N_l / c_l · p_{l-1}(w), with c_l how often a suffix of l tokens occurs, c_l(w)
+    how often w comes after it, and N_l how many different tokens do. A suffix that does not occur leaves everything.
+
+    Args:
+        orders: from the shortest suffix to the longest c_l(w), c_l and N_l, arrays of one shape or shapes that
+            broadcast to one.
+        discount: D, between 0 and 1.
+
+    Returns:
+        What the n-grams say, and what they leave to whatever comes below the shortest: float64. What they say of all
+        tokens, and what they leave, sum to 1.
+    """
+    given, left = np.zeros(()), np.ones(())
+    for hits, counts, kinds in orders:
+        some = counts > 0
+        kept = np.where(some, discount * kinds / np.maximum(counts, 1), 1.0)
+        own = np.where(hits > 0, (hits - discount) / np.maximum(counts, 1), 0.0)
+        given, left = given * kept + own, left * kept
+    return given, left
 
 
 def interpolate(parts: Mapping[str, torch.Tensor], weights: Mapping[str, float | torch.Tensor]) -> torch.Tensor:

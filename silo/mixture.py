@@ -62,7 +62,7 @@ class Parts:
     def probabilities(self, tokens: torch.Tensor, temperature: Temperature) -> dict[str, torch.Tensor]:
         """What each method gives to one token a position: (n,) int64 → method → (n,) float64.
 
-        Where a method found nothing it says what the model says.
+        What a method leaves is the model's, which is everything where it found nothing.
         """
         lm = self.lm.probability(tokens)
         return self._mapped(
@@ -104,13 +104,12 @@ class Parts:
         ngram: Callable[[NgramReading], torch.Tensor],
         methods: Sequence[str] = ("knn", "ric", "ngram"),
     ) -> dict[str, torch.Tensor]:
-        """A function of each method's reading, and the model's where a method found nothing."""
+        """A function of each method's reading, with the model's part of it."""
         given, functions = {"lm": lm}, {"knn": knn, "ric": ric, "ngram": ngram}
         for name, reading in self.readings.items():
             if name in methods:
-                found = torch.as_tensor(reading.found)
-                value = functions[name](reading)  # type: ignore[operator]
-                given[name] = torch.where(found.unsqueeze(1) if value.dim() == 2 else found, value, lm)
+                value, left = functions[name](reading), reading.left  # type: ignore[operator]
+                given[name] = value + (left.unsqueeze(1) if value.dim() == 2 else left) * lm
         return given
 
 
@@ -235,7 +234,7 @@ class Mixture:
     def attribute(self, parts: Parts, index: int, token: int, weighing: Weighing) -> list[Share]:
         """Split p(token) at one position exactly into the model's share and one a document and method, largest first.
 
-        The shares sum to the mixture's probability; where a method found nothing, its weight is the model's.
+        The shares sum to the mixture's probability; what a method leaves is the model's.
         """
         return attribute(parts, index, token, weighing, parts.evidence())
 
@@ -267,8 +266,9 @@ def _split(
     for method, given in weights.items():
         weight = float(given[index]) if isinstance(given, torch.Tensor) else given
         reading = parts.readings.get(method)
-        if reading is None or not bool(reading.found[index]):
-            shares["lm", None] += weight * lm
+        left = 1.0 if reading is None else float(reading.left[index])
+        shares["lm", None] += weight * left * lm
+        if reading is None or left == 1.0:
             continue
         found = reading.shares(index, token, tau) if method == "knn" else reading.shares(index, token)  # type: ignore
         for part, document in found:

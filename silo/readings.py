@@ -10,13 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 
-from silo.mixing import neighbour_distribution, neighbour_probability, neighbour_weights
-from silo.retrieval import Neighbours, NeighbourSource, NgramMatches, NgramSource, SourceDocument
+from silo.mixing import discounted, neighbour_distribution, neighbour_probability, neighbour_weights
+from silo.retrieval import Neighbours, NeighbourSource, NgramCounts, NgramMatches, NgramSource, SourceDocument
 
 FIRST_NEIGHBOURS = 8
 """How many of the nearest neighbours are asked whether they agree."""
@@ -32,8 +32,13 @@ Temperature = float | torch.Tensor
 """τ of kNN-LM, in units of squared distance: one for all positions, or (n, 1)."""
 Shares = list[tuple[float, SourceDocument]]
 """Parts of one token's probability, and the documents that they come from."""
-Without = dict[SourceDocument, float | None]
-"""What a method would give to one token without each of the documents that it found; None where it has no other."""
+Without = dict[SourceDocument, tuple[float, float]]
+"""What a method would give to one token without each of the documents that it found, and what it would leave to the
+model."""
+SHORTER = (1, 2, 3)
+"""Lengths of the suffixes that are counted beside the longest. A fourth, or all, make perplexity no lower (LOG.md)."""
+DISCOUNT = 0.8
+"""D of :func:`silo.mixing.discounted`. Between 0.75 and 0.9 perplexity moves by a few thousandths (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,11 @@ class NeighbourReading:
         """(n,) bool: where there is any neighbour."""
         return torch.from_numpy(np.isfinite(self.neighbours.distances[:, 0]))
 
+    @property
+    def left(self) -> torch.Tensor:
+        """(n,) float64: what is left to the model, which is all or nothing."""
+        return (~self.found).double()
+
     def weights(self, temperature: Temperature) -> torch.Tensor:
         """(n, k) float64, summing to 1 a row where there is any neighbour."""
         return neighbour_weights(torch.from_numpy(self.neighbours.distances), temperature)
@@ -139,9 +149,9 @@ class NeighbourReading:
         left = np.where(documents == numbers[:, None], np.inf, self.neighbours.distances[index])
         weights = neighbour_weights(torch.from_numpy(left), temperature).numpy()
         given = (weights * (values == token)).sum(axis=1)
-        others = np.isfinite(np.min(left, axis=1))
+        alone = np.isinf(np.min(left, axis=1))
         return {
-            self.source.document(int(number)): float(given[row]) if others[row] else None
+            self.source.document(int(number)): (float(given[row]), float(alone[row]))
             for row, number in enumerate(numbers)
         }
 
@@ -165,7 +175,11 @@ class NeighbourReading:
 
 @dataclass(frozen=True)
 class NgramReading:
-    """What came after the longest known suffix of the context of n positions (∞-gram, Liu 2024)."""
+    """What came after the longest known suffix of the context of n positions (∞-gram, Liu 2024), and after its last
+    one, two and three tokens, to which it leaves what rare suffixes are not to be trusted with.
+
+    What these do not trust themselves with either is left to the model (:func:`silo.mixing.discounted`).
+    """
 
     matches: NgramMatches
     source: NgramSource
@@ -174,75 +188,114 @@ class NgramReading:
     tokens: torch.Tensor
     """(n,) int64: the tokens that the document has there."""
 
+    @cached_property
+    def orders(self) -> list[NgramCounts]:
+        """The suffixes of each length, the longest last."""
+        return [*(self.matches.shorter(length) for length in SHORTER), self.matches]
+
+    @cached_property
+    def _totals(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each length how often each position's suffix occurs, and how many tokens come after it; (n,) each."""
+        return [
+            (np.where(order.lengths[self.contexts] > 0, order.counts[self.contexts], 0), order.kinds(self.contexts))
+            for order in self.orders
+        ]
+
     @property
     def found(self) -> torch.Tensor:
         """(n,) bool: where at least one token of context is known with a token after it."""
-        known = (self.matches.lengths[self.contexts] > 0) & (self.matches.counts[self.contexts] > 0)
-        return torch.from_numpy(known)
+        return torch.from_numpy(self._totals[-1][0] > 0)
+
+    @cached_property
+    def left(self) -> torch.Tensor:
+        """(n,) float64: what is left to the model."""
+        nothing = np.zeros(len(self.contexts), dtype=np.int64)
+        return torch.from_numpy(discounted([(nothing, *totals) for totals in self._totals], DISCOUNT)[1])
 
     def probability(self, tokens: torch.Tensor) -> torch.Tensor:
-        """p of one token a position, (n,) int64: the share of the suffix's occurrences that go on with it, float64.
+        """What is given to one token a position, (n,) int64 → (n,) float64; with what is left, it makes p.
 
         Tokens of the document itself were counted when it was matched; others are looked up.
         """
-        counts = np.maximum(self.matches.counts[self.contexts], 1)
-        found = self.matches.hits[self.contexts] / counts
         other = np.flatnonzero((tokens != self.tokens).numpy())
-        if len(other):
-            following = self.matches.following(self.contexts[other])
-            of = np.repeat(np.arange(len(other)), np.diff(following.begins))
-            hit = following.tokens == tokens.numpy()[other][of]
-            found[other] = np.bincount(of[hit], weights=following.counts[hit], minlength=len(other)) / counts[other]
-        return torch.where(self.found, torch.from_numpy(found), 0.0)
+        orders = []
+        for order, totals in zip(self.orders, self._totals, strict=True):
+            hits = order.hits[self.contexts]
+            if len(other):
+                hits[other] = order.occurrences(self.contexts[other], tokens.numpy()[other])
+            orders.append((np.where(totals[0] > 0, hits, 0), *totals))
+        return torch.from_numpy(discounted(orders, DISCOUNT)[0])
 
     def distribution(self, vocab_size: int) -> torch.Tensor:
-        """(n, vocabulary) float64; zeros where nothing was found."""
-        out = torch.zeros(len(self.contexts), vocab_size, dtype=torch.float64)
-        some = np.flatnonzero(self.found.numpy())
-        following = self.matches.following(self.contexts[some])
-        of = np.repeat(some, np.diff(following.begins))
-        share = following.counts / self.matches.counts[self.contexts[of]]
-        out[torch.from_numpy(of), torch.from_numpy(following.tokens)] = torch.from_numpy(share)
-        return out
+        """The same for every token, (n, vocabulary) float64."""
+        out = np.zeros((len(self.contexts), vocab_size))
+        for order, (counts, kinds) in zip(self.orders, self._totals, strict=True):
+            some = np.flatnonzero(counts)
+            following = order.following(self.contexts[some])
+            of = np.repeat(some, np.diff(following.begins))
+            out[some] *= (DISCOUNT * kinds[some] / counts[some])[:, None]
+            out[of, following.tokens] += (following.counts - DISCOUNT) / counts[of]
+        return torch.from_numpy(out)
 
     def shares(self, index: int, token: int) -> Shares:
-        """What each document's occurrences give to one token at one position."""
-        context = self.contexts[index : index + 1]
-        origins = self.matches.origins(context, np.asarray([token], dtype=np.int64))
-        count = int(self.matches.counts[context[0]])
-        pairs = zip(origins.documents.tolist(), origins.counts.tolist(), strict=True)
-        return [(times / count, self.source.document(document)) for document, times in pairs]
+        """What each document's occurrences give to one token at one position; what is taken off a count is taken off
+        all of them alike."""
+        context, wanted = self.contexts[index : index + 1], np.asarray([token], dtype=np.int64)
+        shares: dict[int, float] = defaultdict(float)
+        passed = 1.0
+        for order, (counts, kinds) in zip(self.orders[::-1], self._totals[::-1], strict=True):
+            count = int(counts[index])
+            if count:
+                origins = order.origins(context, wanted)
+                hits = int(origins.counts.sum())
+                for document, times in zip(origins.documents.tolist(), origins.counts.tolist(), strict=True):
+                    shares[document] += passed * (hits - DISCOUNT) / count * (times / hits)
+                passed *= DISCOUNT * int(kinds[index]) / count
+        return [(share, self.source.document(document)) for document, share in shares.items()]
 
-    def without(self, index: int, token: int, context: np.ndarray) -> Without:
-        """What the others' occurrences give to one token after a context (m,), which is the one of this position.
+    def concerned(self, index: int, token: int) -> np.ndarray:
+        """The documents that have the longest suffix of one position, or any of its suffixes with a token after it."""
+        context, wanted = self.contexts[index : index + 1], np.asarray([token], dtype=np.int64)
+        found = [self.matches.spread(int(context[0])).documents] if self.found[index] else []
+        return np.unique(np.concatenate([*found, *(order.origins(context, wanted).documents for order in self.orders)]))
 
-        Where the suffix is one document's alone, that is what comes after the longest one that another has.
+    def without(self, index: int, token: int, context: np.ndarray, documents: np.ndarray) -> Without:
+        """What the others' occurrences give to one token after a context (m,), which is the one of this position,
+        without each of some documents.
+
+        Where the longest suffix is one document's alone, the longest that another has is looked up for it.
         """
-        documents, counts, hits = _by_document(self.matches, int(self.contexts[index]), token)
-        others, other_hits = counts.sum() - counts, hits.sum() - hits
-        if len(documents) == 1:
-            others[0], other_hits[0] = self._of_others(int(documents[0]), token, context, index)
+        orders = [
+            _without(order, int(self.contexts[index]), token, documents, bool(counts[index]))
+            for order, (counts, _) in zip(self.orders, self._totals, strict=True)
+        ]
+        hits, counts, kinds = orders[-1]
+        if self.found[index]:
+            for row in np.flatnonzero(counts == 0).tolist():
+                hits[row], counts[row], kinds[row] = self._of_others(int(documents[row]), token, context, index)
+        given, left = np.broadcast_arrays(*discounted(orders, DISCOUNT))
         return {
-            self.source.document(number): hit / count if count else None
-            for number, count, hit in zip(documents.tolist(), others.tolist(), other_hits.tolist(), strict=True)
+            self.source.document(number): (float(given[row]), float(left[row]))
+            for row, number in enumerate(documents.tolist())
         }
 
-    def _of_others(self, document: int, token: int, context: np.ndarray, index: int) -> tuple[int, int]:
-        """How often the longest suffix occurs that another document has, and how often with a token after it."""
+    def _of_others(self, document: int, token: int, context: np.ndarray, index: int) -> tuple[int, int, int]:
+        """Of the longest suffix that another document has, if it is longer than those that are counted anyway: how
+        often it occurs with a token after it, how often in all, and how many tokens come after it."""
 
         @cache
-        def of_length(length: int) -> tuple[int, int]:
+        def of_length(length: int) -> tuple[int, int, int]:
             shorter = self.source.match([context[len(context) - length :]])
-            documents, counts, hits = _by_document(shorter, length, token)
-            other = documents != document
-            return int(counts[other].sum()), int(hits[other].sum())
+            one = np.asarray([document])
+            return tuple(int(each[0]) for each in _without(shorter, length, token, one, True))  # type: ignore[return-value]
 
-        lengths = range(1, int(self.matches.lengths[self.contexts[index]]))
-        longest = bisect_left(lengths, True, key=lambda length: not of_length(length)[0])
-        return of_length(longest) if longest else (0, 0)
+        lengths = range(SHORTER[-1] + 1, int(self.matches.lengths[self.contexts[index]]))
+        longest = lengths.start - 1 + bisect_left(lengths, True, key=lambda length: not of_length(length)[1])
+        return of_length(longest) if longest >= lengths.start else (0, 0, 0)
 
     def evidence(self, lm: ModelReading) -> Evidence:
-        """Length and count of the suffix, whether one token always follows it, and what the model gives to that."""
+        """Length and count of the longest suffix, whether one token always follows it, what the model gives to that;
+        and how much is left to the model."""
         found = self.found
         single = torch.from_numpy(self.matches.single[self.contexts])
         sparse = found & (single >= 0)
@@ -250,21 +303,36 @@ class NgramReading:
             "ngram_length": torch.from_numpy(np.log1p(self.matches.lengths[self.contexts])),
             "ngram_count": torch.from_numpy(np.log1p(self.matches.counts[self.contexts])),
             "ngram_single": sparse.double(),
+            "ngram_left": self.left,
             "ngram_lm": torch.where(sparse, lm.log_probability(single.clamp_min(0)), 0.0),
             "ngram_class": torch.from_numpy(suffix_class(self.matches.lengths[self.contexts])) * 2 + sparse.double(),
         }
         return {"ngram_found": found.double(), **{name: torch.where(found, each, 0.0) for name, each in out.items()}}
 
 
-def _by_document(matches: NgramMatches, context: int, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The documents that have the suffix of a context, how often, and how often with a token after it; each (n,)."""
-    one = np.asarray([context])
-    following = matches.following(one)
-    origins = matches.origins(np.repeat(one, len(following.tokens)), following.tokens)
-    hits = origins.counts * np.repeat(following.tokens == token, np.diff(origins.begins))
-    documents, of = np.unique(origins.documents, return_inverse=True)
-    counts, hits = (np.bincount(of, weights=each, minlength=len(documents)) for each in (origins.counts, hits))
-    return documents, counts.astype(np.int64), hits.astype(np.int64)
+def _without(
+    order: NgramCounts, context: int, token: int, documents: np.ndarray, known: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """c(w), c and N of one context's suffix, as :func:`silo.mixing.discounted` has them, without each of some documents
+    (m,); zeros if it is not ``known``. (m,) each."""
+    if not known:
+        return (np.zeros_like(documents), np.zeros_like(documents), np.zeros_like(documents))
+    one, spread = np.asarray([context]), order.spread(context)
+    origins = order.origins(one, np.asarray([token], dtype=np.int64))
+    hits = origins.counts.sum() - _at(documents, origins.documents, origins.counts)
+    counts = spread.counts.sum() - _at(documents, spread.documents, spread.counts)
+    return hits, counts, order.kinds(one)[0] - _at(documents, spread.documents, spread.only)
+
+
+def _at(documents: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values (k,) of documents (m,) among known ones (k,); 0 for others."""
+    found = np.zeros_like(documents)
+    order = np.argsort(known)
+    places = np.searchsorted(known[order], documents)
+    there = np.flatnonzero(places < len(known))
+    there = there[known[order][places[there]] == documents[there]]
+    found[there] = values[order][places[there]]
+    return found
 
 
 def suffix_class(lengths: np.ndarray) -> np.ndarray:

@@ -129,11 +129,63 @@ class Origins:
     """(m,) int64."""
 
 
-class NgramMatches(Protocol):
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The documents in which a suffix of one context occurs with a token after it."""
+
+    documents: np.ndarray
+    """(d,) int64: indexes for :meth:`NgramSource.document`, ascending."""
+    counts: np.ndarray
+    """(d,) int64: how often in each."""
+    only: np.ndarray
+    """(d,) int64: how many of the tokens that come after it come in this document alone."""
+
+
+class NgramCounts(Protocol):
+    """Of n contexts a suffix each, and what came after it."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: tokens of the suffix."""
+        ...
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(n,) int64: how often it occurs with a token after it; 0 where it is not looked at."""
+        ...
+
+    @property
+    def hits(self) -> np.ndarray:
+        """(n,) int64: how often the token after it is the one that the sequence goes on with; 0 at its end."""
+        ...
+
+    def kinds(self, contexts: np.ndarray) -> np.ndarray:
+        """(m,) int64: how many different tokens come after the suffixes of some contexts, given by their numbers."""
+        ...
+
+    def following(self, contexts: np.ndarray) -> NextTokens:
+        """All tokens that come after the suffixes of some contexts, given by their (m,) numbers."""
+        ...
+
+    def occurrences(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """How often (m,) tokens come after the suffixes of (m,) contexts: (m,) int64."""
+        ...
+
+    def origins(self, contexts: np.ndarray, tokens: np.ndarray) -> Origins:
+        """The documents behind the counts of (m,) tokens after (m,) contexts."""
+        ...
+
+    def spread(self, context: int) -> Spread:
+        """The documents behind the count of one context."""
+        ...
+
+
+class NgramMatches(NgramCounts, Protocol):
     """For every context of some sequences, its longest suffix that some document has with a token after it.
 
     The contexts of a sequence of T tokens are its first 0, 1, … T tokens. The arrays hold those of all sequences, one
-    sequence after the other.
+    sequence after the other. A suffix of no tokens is one of which not even the last token is known; that occurs
+    wherever any token does.
     """
 
     @property
@@ -142,31 +194,12 @@ class NgramMatches(Protocol):
         ...
 
     @property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64: tokens of the longest suffix; 0 where not even the last token is known."""
-        ...
-
-    @property
-    def counts(self) -> np.ndarray:
-        """(n,) int64: how often it occurs with a token after it; 0 only if there is no text at all."""
-        ...
-
-    @property
-    def hits(self) -> np.ndarray:
-        """(n,) int64: how often the token after it is the one that the sequence goes on with; 0 at its end."""
-        ...
-
-    @property
     def single(self) -> np.ndarray:
         """(n,) int64: the token that comes after every occurrence of the suffix, or -1 if there are several."""
         ...
 
-    def following(self, contexts: np.ndarray) -> NextTokens:
-        """All tokens that come after the longest suffixes of some contexts, given by their (m,) numbers."""
-        ...
-
-    def origins(self, contexts: np.ndarray, tokens: np.ndarray) -> Origins:
-        """The documents behind the counts of (m,) tokens after (m,) contexts."""
+    def shorter(self, length: int) -> NgramCounts:
+        """The same contexts' suffixes of so many tokens, 1 or more; counts are 0 where the longest is no longer."""
         ...
 
 

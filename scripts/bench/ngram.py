@@ -43,6 +43,7 @@ from datastore.suffixes import Suffixes, write_suffixes
 from silo.documents import Document
 from silo.files import sha256
 from silo.licensing import DEFAULT_POLICY
+from silo.readings import SHORTER
 from silo.sources import open_source
 from training.tokens import train_tokenizer
 
@@ -197,12 +198,15 @@ def index(groups: list[list[list[Encoded]]], root: Path) -> NgramIndex:
 
 
 def same(merged: NgramIndex, others: list[NgramIndex], queries: list[np.ndarray]) -> bool:
-    """Whether all indexes answer alike: lengths, counts, hits, and all next tokens of some windows."""
+    """Whether all indexes answer alike: lengths, counts, hits, and all next tokens of some windows, and what they count
+    of shorter suffixes."""
 
     def answers(it: NgramIndex) -> list[Any]:
         found = it.match(queries)
         following = found.following(np.arange(1, WINDOW))
-        arrays = (found.lengths, found.counts, found.hits, following.begins, following.tokens, following.counts)
+        arrays = [found.lengths, found.counts, found.hits, following.begins, following.tokens, following.counts]
+        for shorter in (found.shorter(length) for length in SHORTER):
+            arrays += [shorter.counts, shorter.hits, shorter.kinds(np.arange(len(found.lengths)))]
         return [array.tolist() for array in arrays]
 
     expected = answers(merged)

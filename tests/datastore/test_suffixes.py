@@ -63,14 +63,7 @@ def match(index, *sequences):
 def counted(texts, context):
     """By hand: the length of the longest suffix of a context that goes on somewhere, and (next token, text) → count."""
     for length in range(len(context), -1, -1):
-        wanted = list(context[len(context) - length :])
-        found = Counter(
-            (text[at + length], number)
-            for number, text in enumerate(texts)
-            for at in range(len(text) - length)
-            if list(text[at : at + length]) == wanted
-        )
-        if found:
+        if found := of_length(texts, context, length):
             return length, found
     return 0, Counter()
 
@@ -127,6 +120,76 @@ def expected(texts, *sequences):
 def test_equals_counting_by_hand(texts, sequences, groups, dtype):
     """Lengths, counts, hits, what alone follows, distributions, documents are what counting by hand gives."""
     assert everything(index_of(texts, groups, dtype), *sequences) == expected(texts, *sequences)
+
+
+def of_length(texts, context, length):
+    """(next token, text) → count, after the last so many tokens of a context."""
+    wanted = list(context[len(context) - length :])
+    return Counter(
+        (text[at + length], number)
+        for number, text in enumerate(texts)
+        for at in range(len(text) - length)
+        if list(text[at : at + length]) == wanted
+    )
+
+
+@given(corpora, queries, st.integers(1, 3), st.integers(1, 3))
+@settings(deadline=None, max_examples=150)
+def test_shorter_suffixes_equal_counting_by_hand(texts, sequences, length, groups):
+    """Suffixes of one length are counted wherever the longest is longer: how often they occur, with which tokens after
+    them, in which documents; and how many tokens come in one document alone."""
+    index = index_of(texts, groups)
+    matches = match(index, *sequences)
+    shorter, contexts = matches.shorter(length), np.arange(len(matches.lengths))
+    asked = [(sequence[:at], sequence[at : at + 1]) for sequence in sequences for at in range(len(sequence) + 1)]
+    kinds, following = shorter.kinds(contexts), shorter.following(contexts)
+    for number, (context, goes_on) in enumerate(asked):
+        known = matches.lengths[number] > length
+        found = of_length(texts, context, length) if known else Counter()
+        after = Counter()
+        for (token, _), times in found.items():
+            after[token] += times
+        hits = sum(after[token] for token in goes_on)
+        assert (shorter.counts[number], shorter.hits[number]) == (found.total(), hits)
+        assert kinds[number] == len(after)
+        own = slice(*following.begins[number : number + 2])
+        assert dict(zip(following.tokens[own].tolist(), following.counts[own].tolist(), strict=True)) == dict(after)
+        of_tokens = shorter.occurrences(np.full(5, number), np.arange(5))
+        assert of_tokens.tolist() == [after[token] for token in range(5)]
+        assert spread_of(index, shorter, number) == spread_by_hand(found)
+
+
+@given(corpora, queries, st.integers(1, 3))
+@settings(deadline=None, max_examples=50)
+def test_where_the_longest_suffix_occurs(texts, sequences, groups):
+    """Of the longest suffix, too, it is told in which documents it occurs, and how many tokens come after it."""
+    index = index_of(texts, groups)
+    matches = match(index, *sequences)
+    contexts = [sequence[:at] for sequence in sequences for at in range(len(sequence) + 1)]
+    kinds = matches.kinds(np.arange(len(contexts)))
+    for number, context in enumerate(contexts):
+        _, found = counted(texts, context)
+        assert kinds[number] == len({token for token, _ in found})
+        assert spread_of(index, matches, number) == spread_by_hand(found)
+
+
+def spread_of(index, counts, context):
+    """Document → (how often one context's suffix occurs, how many tokens come after it there alone)."""
+    spread = counts.spread(context)
+    names = [index.document(at).id for at in spread.documents]
+    return dict(zip(names, zip(spread.counts.tolist(), spread.only.tolist(), strict=True), strict=True))
+
+
+def spread_by_hand(found):
+    """The same, of (next token, text) → count."""
+    texts_of = {token: {number for t, number in found if t == token} for token, _ in found}
+    return {
+        str(number): (
+            sum(times for (_, n), times in found.items() if n == number),
+            sum(texts == {number} for texts in texts_of.values()),
+        )
+        for number in {number for _, number in found}
+    }
 
 
 @given(corpora, queries)

@@ -87,17 +87,19 @@ def test_the_model_alone_is_the_model(mixture, model, text, start):
 
 
 def test_without_a_start_token_ngrams_and_blocks_are_the_same(mixture, model, text):
-    """A missing start token changes what the model says, and nothing that n-grams and blocks say."""
+    """A missing start token changes what the model says, and nothing that n-grams and blocks say beside it."""
     ids = given(model, text[:40])
-    for method, same in (("lm", False), ("ngram", True), ("ric", True)):
-        one = MixtureForCausalLM(mixture, Weights({"lm": 0.0, method: 1.0}) if same else Weights({"lm": 1.0}))
-        found = [row for row in (one(ids).logits[0, 1:], one(ids[:, 1:]).logits[0])]
-        where = torch.ones(len(found[0]), dtype=torch.bool)
-        if same:
-            parts = [each for each in mixture.parts(np.append(text[:40], 0))]
-            where = torch.cat([torch.as_tensor(getattr(each, method).found) for each in parts])[1:]
-            assert where.sum() > 10
-        assert torch.allclose(found[0][where], found[1][where], atol=1e-5) == same
+    alone = MixtureForCausalLM(mixture, Weights({"lm": 1.0}))
+    lm = [row.exp() for row in (alone(ids).logits[0, 1:], alone(ids[:, 1:]).logits[0])]
+    assert not torch.allclose(*lm, atol=1e-5)
+    parts = list(mixture.parts(np.append(text[:40], 0)))
+    for method in ("ngram", "ric"):
+        one = MixtureForCausalLM(mixture, Weights({"lm": 0.0, method: 1.0}))
+        left = torch.cat([getattr(each, method).left for each in parts])[1:, None]
+        assert (left < 1).sum() > 10
+        whole = [row.exp() for row in (one(ids).logits[0, 1:], one(ids[:, 1:]).logits[0])]
+        own = [given - left * of_model for given, of_model in zip(whole, lm, strict=True)]
+        torch.testing.assert_close(*own, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 59, [20, 7, 1, 31]])

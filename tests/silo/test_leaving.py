@@ -136,7 +136,7 @@ def test_a_change_is_what_comes_about(store, stored, model):
 
 def test_nothing_may_be_left(store, stored, model):
     """Where only one document gives a token any probability, its change has no number, and JSON has none."""
-    explained = silo.load(model, store=store, weights={"lm": 0.0, "ngram": 1.0}).explain(stored[0].text[60:260])
+    explained = silo.load(model, store=store, weights={"lm": 0.0, "knn": 1.0}).explain(stored[0].text[60:260])
     changes = {document.id: change for document, change in explained.changes().items()}
     assert changes[stored[0].id] == -math.inf
     of_documents = {each["document"]: each for each in explained.to_json()["documents"]}

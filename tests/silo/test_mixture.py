@@ -98,17 +98,25 @@ def test_a_distribution_sums_to_one(parts, weights):
         assert (mixed.sum(dim=1) - 1).abs().max() < 1e-6
 
 
-def slow_ngram(stored: list[list[int]], context: list[int], vocab_size: int) -> np.ndarray | None:
-    """What follows the longest suffix of a context in some documents, counted by looking everywhere."""
-    for length in range(len(context), 0, -1):
-        suffix, counts = context[len(context) - length :], np.zeros(vocab_size)
+def slow_ngram(stored: list[list[int]], context: list[int], lm: np.ndarray) -> np.ndarray:
+    """What follows the last tokens of a context in some documents, counted by looking everywhere: of the longest suffix
+    that goes on, with what is discounted given to that of three tokens, and so on to the model."""
+
+    def counts_after(length: int) -> np.ndarray:
+        suffix, counts = context[len(context) - length :], np.zeros(len(lm))
         for document in stored:
             for at in range(len(document) - length):
                 if document[at : at + length] == suffix:
                     counts[document[at + length]] += 1
-        if counts.any():
-            return counts / counts.sum()
-    return None
+        return counts
+
+    longest = next((n for n in range(len(context), 0, -1) if counts_after(n).any()), 0)
+    said = lm
+    for length in sorted({1, 2, 3, longest}):
+        if 0 < length <= longest:
+            counts = counts_after(length)
+            said = np.maximum(counts - 0.8, 0) / counts.sum() + 0.8 * (counts > 0).sum() / counts.sum() * said
+    return said
 
 
 def slow_distributions(
@@ -132,8 +140,7 @@ def slow_distributions(
         if not len(near):
             knn = lm[position]
         ric = of_blocks[position] if blocks.found[position] else lm[position]
-        ngram = slow_ngram(stored, tokens[:position].tolist(), model.vocab_size)
-        ngram = lm[position] if ngram is None else ngram
+        ngram = slow_ngram(stored, tokens[:position].tolist(), lm[position])
         of_method = {"lm": lm[position], "knn": knn, "ric": ric, "ngram": ngram}
         yield position, sum(weight * of_method[method] for method, weight in weights.by_method.items())
 
