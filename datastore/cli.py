@@ -75,10 +75,15 @@ def create(
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
 @click.option("--model", required=True, type=PATH, help="Directory of the model that the store was made for.")
 @click.option("--skip-present", is_flag=True, help="Pass over documents that the store has, with the same text.")
+@click.option("--no-keys", is_flag=True, help="For blocks and ∞-grams alone, without a call of the model.")
 @KEY
 @reports(render_pairs)
-def add(store: Path, files: tuple[Path, ...], model: Path, skip_present: bool, key: Path | None) -> dict[str, Any]:
+def add(
+    store: Path, files: tuple[Path, ...], model: Path, skip_present: bool, no_keys: bool, key: Path | None
+) -> dict[str, Any]:
     """Add the documents of JSON Lines FILEs, each to its owner's shard; all of them, or none.
+
+    With --no-keys no neighbours are found in them. To give them keys later, remove them and add them again.
 
     Example: silo datastore add STORE CORPUS/restricted/train.jsonl --model MODEL
     """
@@ -99,7 +104,8 @@ def add(store: Path, files: tuple[Path, ...], model: Path, skip_present: bool, k
     from silo.language_model import LanguageModel  # takes seconds; bad input is refused before
 
     with progress_bar("add") as progress:
-        receipt = opened.add(documents, LanguageModel.load(model), progress=progress, key=signing)
+        lm = LanguageModel.load(model)
+        receipt = opened.add(documents, lm, keyed=not no_keys, progress=progress, key=signing)
     return change(opened.path, receipt.path, receipt.content)
 
 

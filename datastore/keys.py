@@ -3,7 +3,7 @@
     lists.bin     each list's codes, then its row numbers; it is mapped, so that a store may be larger than memory
     sizes.npy     (lists,) int64, how many keys each list has
     places.npy    (rows,) uint32, or int64 where a group has more than that counts: how many codes are before each row's
-                  in the lists, padding included
+                  in the lists, padding included; the highest number for a row without a key
     tokens.npy    (rows,) the token that each key predicts: the documents of the group end to end
     begins.npy    (documents + 1,) int64, where each document begins in them
     ids.npy       (documents,) uint64, the hash of each document's id
@@ -51,35 +51,39 @@ def write_keys(directory: Path, shards: Sequence[Shard], *, lists: int, first_ro
     numbers = np.concatenate([shard.lists for shard in shards])
     order = np.argsort(numbers, kind="stable").astype(np.int64)
     sizes = np.bincount(numbers, minlength=lists).astype(np.int64)
+    row_of = np.flatnonzero(np.repeat([row.keyed for row in documents], lengths))  # of each key
     write_array(directory / "sizes.npy", sizes)
-    write_array(directory / "places.npy", _places(order, sizes))
+    write_array(directory / "places.npy", _places(row_of[order], sizes, sum(lengths)))
     with open(directory / "lists.bin", "wb") as file:
-        _write_lists(file, shards, order, sizes, first_row)
+        _write_lists(file, shards, order, sizes, first_row + row_of)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _places(order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Where each row's code is in the lists, which have the rows in this order."""
+def _places(ordered: np.ndarray, sizes: np.ndarray, rows: int) -> np.ndarray:
+    """Where the code of each of so many rows is in the lists, which have those with keys in this order."""
     skipped = _before(_capacity(sizes)) - _before(sizes)
-    counted = np.uint32 if len(order) + _ALIGNED * len(sizes) <= 1 << 32 else np.int64
-    places = np.empty(len(order), dtype=counted)
-    places[order] = np.arange(len(order)) + np.repeat(skipped, sizes)
+    counted = np.uint32 if rows + _ALIGNED * len(sizes) < 1 << 32 else np.int64
+    places = np.full(rows, np.iinfo(counted).max, dtype=counted)
+    places[ordered] = np.arange(len(ordered)) + np.repeat(skipped, sizes)
     return places
 
 
-def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, sizes: np.ndarray, first_row: int) -> None:
-    """Write each list's codes and row numbers, where rows come in the ``order`` of their lists.
+def _write_lists(
+    file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, sizes: np.ndarray, row_of: np.ndarray
+) -> None:
+    """Write each list's codes and row numbers, where keys come in the ``order`` of their lists and ``row_of`` says
+    which row each is of.
 
-    Codes are gathered so many rows at a time, each shard read in its own order.
+    Codes are gathered so many keys at a time, each shard read in its own order.
     """
     width = shards[0].codes.shape[1]
     capacity, ends = _capacity(sizes), np.cumsum(sizes)
     begins, places = ends - sizes, _before(capacity) * (width + _ROW_BYTES)
     at_once = max(1, GATHERED_BYTES // width)
     for start in range(0, len(order), at_once):
-        rows = order[start : start + at_once]
-        codes, stop = _gather(shards, rows), start + len(rows)
+        keys = order[start : start + at_once]
+        codes, stop = _gather(shards, keys), start + len(keys)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         for number in range(int(first), int(last) + 1):
             low, high = max(start, int(begins[number])), min(stop, int(ends[number]))
@@ -88,18 +92,18 @@ def _write_lists(file: BinaryIO, shards: Sequence[Shard], order: np.ndarray, siz
             file.seek(int(places[number]) + into * width)
             file.write(codes[of].tobytes() + bytes(padding * width))
             file.seek(int(places[number]) + int(capacity[number]) * width + into * _ROW_BYTES)
-            file.write((first_row + rows[of]).tobytes() + bytes(padding * _ROW_BYTES))
+            file.write(row_of[keys[of]].tobytes() + bytes(padding * _ROW_BYTES))
 
 
-def _gather(shards: Sequence[Shard], rows: np.ndarray) -> np.ndarray:
-    """The codes (n, bytes) of some of the shards' rows (n,), numbered through."""
+def _gather(shards: Sequence[Shard], keys: np.ndarray) -> np.ndarray:
+    """The codes (n, bytes) of some of the shards' keys (n,), numbered through."""
     starts = np.cumsum([0, *(len(shard.codes) for shard in shards)])
-    ascending = np.argsort(rows)
-    cuts = np.searchsorted(rows[ascending], starts)
-    codes = np.empty((len(rows), shards[0].codes.shape[1]), dtype=np.uint8)
+    ascending = np.argsort(keys)
+    cuts = np.searchsorted(keys[ascending], starts)
+    codes = np.empty((len(keys), shards[0].codes.shape[1]), dtype=np.uint8)
     for shard, start, (begin, end) in zip(shards, starts, itertools.pairwise(cuts), strict=False):
         places = ascending[begin:end]
-        codes[places] = shard.codes[rows[places] - start]
+        codes[places] = shard.codes[keys[places] - start]
     return codes
 
 
@@ -131,8 +135,11 @@ class KeyGroup:
         self.begins = np.load(directory / "begins.npy", mmap_mode="r")
         self.ids = np.load(directory / "ids.npy", mmap_mode="r")
         self.rows = int(self.begins[-1])
+        self.num_keys = int(self._sizes.sum())
         self._capacity = _capacity(self._sizes)
-        self._file = np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.rows else np.zeros(0, np.uint8)
+        self._file = (
+            np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.num_keys else np.zeros(0, np.uint8)
+        )
         self._squares: dict[int, np.ndarray] = {}
         self._width = len(self._file) // max(1, int(self._capacity.sum())) - _ROW_BYTES  # bytes a code, if there is any
         self._firsts = _before(self._capacity)
@@ -142,6 +149,11 @@ class KeyGroup:
     def lengths(self) -> np.ndarray:
         """(documents,) int64, how many rows each document has."""
         return np.diff(self.begins)
+
+    @property
+    def keyed(self) -> np.ndarray:
+        """(rows,) bool, which rows have keys."""
+        return np.asarray(self._places != np.iinfo(self._places.dtype).max)
 
     def list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The codes (n, bytes) uint8 and the row numbers (n,) int64 of an inverted list, where they lie."""
@@ -159,8 +171,9 @@ class KeyGroup:
         return self._squares[number]
 
     def codes(self, rows: np.ndarray) -> np.ndarray:
-        """The codes (n, bytes) of rows (n,), numbered from the group's first."""
+        """The codes (n, bytes) of rows (n,), numbered from the group's first; of one without a key, any."""
         places = self._places[rows].astype(np.int64)
+        places[places == np.iinfo(self._places.dtype).max] = 0
         list_of = np.searchsorted(self._firsts, places, side="right") - 1
         begins = places * self._width + self._firsts[list_of] * _ROW_BYTES
         every_byte = (max(0, len(self._file) - self._width + 1), self._width)

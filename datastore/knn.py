@@ -60,17 +60,20 @@ class NeighbourIndex:
                 Euclidean way, and those are read whose centroids are near as it says here.
         """
         masks = selected or [None] * len(groups)
-        filled = (pair for pair in zip(groups, masks, strict=True) if pair[0].rows)
+        filled = (pair for pair in zip(groups, masks, strict=True) if pair[0].num_keys)
         pairs = [pair for pair in filled if pair[1] is None or pair[1].any()]
         pairs.sort(key=lambda pair: pair[0].first_row)
         self._groups = [group for group, _ in pairs]
         self.searches = 0
         """Queries that were searched for so far; those that pointers answered are not among them."""
-        self.num_keys = sum(group.rows if mask is None else int(group.lengths[mask].sum()) for group, mask in pairs)
-        """How many keys there are to be found. (Not a length: an empty index would be false.)"""
         self._selected = [
             None if mask is None or mask.all() else np.repeat(mask, group.lengths) for group, mask in pairs
         ]
+        self.num_keys = sum(
+            group.num_keys if rows is None else int((rows & group.keyed).sum())
+            for group, rows in zip(self._groups, self._selected, strict=True)
+        )
+        """How many keys there are to be found. (Not a length: an empty index would be false.)"""
         self._control, self._probes, self._metric = control, probes, metric
         self._space = Workspace()
         self._stacked = StackedLists(self._groups, control, self._selected)

@@ -29,7 +29,7 @@ class StackedLists:
         self._count, self._stacked = len(control.centroids), max(1, len(groups))
         self._coarse = control.coarse_index()  # FAISS keeps a pointer to it, and to what is below
         self._index = control.codes.index(self._coarse, self._count * self._stacked)
-        self._index.ntotal = sum(group.rows for group in groups)
+        self._index.ntotal = sum(group.num_keys for group in groups)
         self._index.parallel_mode = 3  # over queries, which FAISS does unasked only where it chooses the lists itself
         self._lists = [group.inverted_lists() for group in groups]
         pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]

@@ -3,8 +3,10 @@
     shard.json        counts, and the checksum of each file below
     documents.jsonl   one row a document, sorted by id: licence, source, title, hash, token range
     tokens.npy        (tokens,) uint16 or uint32, documents end to end
-    lists.npy         (tokens,) int32, the inverted list of each key
-    codes.npy         (tokens, bytes) uint8, each key's code
+    lists.npy         (keys,) int32, the inverted list of each key
+    codes.npy         (keys, bytes) uint8, each key's code
+
+Documents have a key for each token, or none: those cannot be found by nearest neighbours, and cost no call of a model.
 
 A document's rows depend on that document alone (and on model and control plane), so a shard without a document is the
 shard's files with that document's rows cut out. Rows are JSON Lines, not Parquet, because a Parquet file's bytes depend
@@ -20,6 +22,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -29,11 +32,12 @@ from silo.files import canonical_json, map_array, read_checked, write_file, writ
 from silo.retrieval import SourceDocument
 
 ARRAYS = ("tokens", "lists", "codes")
+OF_KEYS = ARRAYS[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentRow:
-    """What a shard knows of one of its documents; ``begin`` and ``end`` are its rows in the arrays."""
+    """What a shard knows of one of its documents; ``begin`` and ``end`` are where its tokens are."""
 
     id: str
     owner: str
@@ -43,16 +47,30 @@ class DocumentRow:
     content_hash: str
     begin: int
     end: int
+    keyed: bool = True
+    """Whether its tokens have keys."""
+
+    @property
+    def keys(self) -> int:
+        """How many keys it has."""
+        return self.end - self.begin if self.keyed else 0
+
+    def written(self) -> dict[str, Any]:
+        """As files hold it."""
+        fields = asdict(self)
+        if self.keyed:
+            del fields["keyed"]
+        return fields
 
     def described(self) -> SourceDocument:
         """Who stands behind text of it."""
         return SourceDocument(self.id, self.owner, self.license, self.source, self.title)
 
 
-def describe(document: Document, length: int) -> DocumentRow:
+def describe(document: Document, length: int, *, keyed: bool = True) -> DocumentRow:
     """The row of a document of so many tokens that stands at the beginning."""
     row = (document.id, document.owner, document.license, document.source, document.title, document.content_hash)
-    return DocumentRow(*row, 0, length)
+    return DocumentRow(*row, 0, length, keyed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +84,8 @@ class Encoded:
 
     @classmethod
     def make(cls, document: Document, tokens: np.ndarray, lists: np.ndarray, codes: np.ndarray) -> Encoded:
-        """Put a document and its arrays together."""
-        return cls(describe(document, len(tokens)), tokens, lists, codes)
+        """Put a document and its arrays together, of which those of keys may be empty."""
+        return cls(describe(document, len(tokens), keyed=len(lists) == len(tokens)), tokens, lists, codes)
 
     def text(self, tokenizer: Tokenizer) -> str:
         """Its text, decoded."""
@@ -85,9 +103,14 @@ class Shard:
 
     def documents(self) -> list[Encoded]:
         """Its documents, each with views of its rows."""
+        ends = itertools.accumulate(row.keys for row in self.rows)
         return [
-            Encoded(row, *(array[row.begin : row.end] for array in (self.tokens, self.lists, self.codes)))
-            for row in self.rows
+            Encoded(
+                row,
+                self.tokens[row.begin : row.end],
+                *(array[end - row.keys : end] for array in (self.lists, self.codes)),
+            )
+            for row, end in zip(self.rows, ends, strict=True)
         ]
 
     @classmethod
@@ -122,9 +145,10 @@ def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[
         for encoded, end in zip(ordered, ends, strict=True)
     ]
     files = {"documents.jsonl": write_file(directory / "documents.jsonl", b"".join(map(_line, rows)))}
+    keys = sum(row.keys for row in rows)
     for name in ARRAYS:
         parts = (getattr(encoded, name) for encoded in ordered)
-        files[f"{name}.npy"] = write_rows(directory / f"{name}.npy", parts, count=ends[-1])
+        files[f"{name}.npy"] = write_rows(directory / f"{name}.npy", parts, count=keys if name in OF_KEYS else ends[-1])
     manifest = {
         "documents": len(rows),
         "tokens": ends[-1],
@@ -137,7 +161,7 @@ def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[
 
 
 def _line(row: DocumentRow) -> bytes:
-    return canonical_json(asdict(row))
+    return canonical_json(row.written())
 
 
 class DocumentRows:

@@ -302,6 +302,7 @@ class Snapshot:
             "key_layer": model["key_spec"]["layer"],
             "documents": sum(entry.documents for entry in self.manifest.shards.values()),
             "tokens": sum(entry.tokens for entry in self.manifest.shards.values()),
+            "keys": sum(group.num_keys for group in self._key_groups()),
             "groups": len(self.manifest.groups),
             "changes": self.manifest.sequence,
             **{f"control_{name}": value for name, value in control.items()},
@@ -319,6 +320,7 @@ class Snapshot:
                     "licenses": sorted({row.license for row in rows}),
                     "documents": len(rows),
                     "tokens": rows[-1].end,
+                    "keys": sum(row.keys for row in rows),
                     "bytes": sum(file.stat().st_size for file in directory.iterdir()),
                 }
             )

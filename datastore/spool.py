@@ -2,7 +2,8 @@
 
     of.json       which store, in which state, the documents were encoded for
     rows.jsonl    one row a document, written after its arrays, with their checksum
-    tokens.bin, lists.bin, codes.bin   the arrays of all documents end to end, as :mod:`datastore.shard` has them
+    tokens.bin, lists.bin, codes.bin   the arrays of all documents end to end, as :mod:`datastore.shard` has them;
+                                       of keys as many as the documents have
 
 A spool lies in the store's directory and is no part of the store. It lasts until the next change is committed,
 whichever that is. A removal deletes it first of all, since it might hold the very text that is to go.
@@ -11,15 +12,16 @@ whichever that is. A removal deletes it first of all, since it might hold the ve
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datastore.shard import ARRAYS, DocumentRow, Encoded, describe
+from datastore.shard import ARRAYS, OF_KEYS, DocumentRow, Encoded, describe
 from silo.documents import Document
 from silo.files import canonical_json, remove_tree, write_file
 
@@ -74,25 +76,31 @@ class Spool:
         for name in ("rows", *ARRAYS):
             self._path(name).touch()
         rows: list[DocumentRow] = []
-        kept = 0
+        kept = keys = 0
         for line in self._path("rows").read_bytes().splitlines(keepends=True):
-            row = self._whole(line, rows[-1].end if rows else 0)
+            row = self._whole(line, rows[-1].end if rows else 0, keys)
             if row is None:
                 break
             rows.append(row)
+            keys += row.keys
             kept += len(line)
         self._cut("rows", kept)
-        for name, (kind, shape) in self._shapes.items():
-            self._cut(name, (rows[-1].end if rows else 0) * kind.itemsize * int(np.prod(shape, dtype=int)))
+        for name in self._shapes:
+            self._cut(name, self._bytes(name, keys if name in OF_KEYS else (rows[-1].end if rows else 0)))
         return rows
 
-    def _whole(self, line: bytes, begin: int) -> DocumentRow | None:
+    def _bytes(self, name: str, count: int) -> int:
+        """Bytes of so many members of an array."""
+        kind, shape = self._shapes[name]
+        return count * kind.itemsize * int(np.prod(shape, dtype=int))
+
+    def _whole(self, line: bytes, begin: int, first_key: int) -> DocumentRow | None:
         """The row of a line, if the line is whole and the arrays are what it says."""
         try:
             fields = json.loads(line)
             digest = fields.pop("sha256")
             row = DocumentRow(**fields)
-            whole = line.endswith(b"\n") and row.begin == begin and self._digest(self._read(row)) == digest
+            whole = line.endswith(b"\n") and row.begin == begin and self._digest(self._read(row, first_key)) == digest
         except (ValueError, KeyError, TypeError):
             return None
         return row if whole else None
@@ -108,20 +116,22 @@ class Spool:
             digest.update(np.ascontiguousarray(getattr(encoded, name)).view(np.uint8).data)
         return digest.hexdigest()
 
-    def _read(self, row: DocumentRow) -> Encoded:
+    def _read(self, row: DocumentRow, first_key: int) -> Encoded:
         """A document's arrays, mapped. Raises ValueError if a file is too short."""
-        arrays = []
+        arrays: list[np.ndarray] = []
         for name, (kind, shape) in self._shapes.items():
-            offset = row.begin * kind.itemsize * int(np.prod(shape, dtype=int))
-            arrays.append(
-                np.memmap(self._path(name), dtype=kind, mode="r", offset=offset, shape=(row.end - row.begin, *shape))
-            )
+            begin, count = (first_key, row.keys) if name in OF_KEYS else (row.begin, row.end - row.begin)
+            if count:
+                offset = self._bytes(name, begin)
+                arrays.append(np.memmap(self._path(name), dtype=kind, mode="r", offset=offset, shape=(count, *shape)))
+            else:
+                arrays.append(np.zeros((0, *shape), kind))  # of which there is no map
         return Encoded(row, *arrays)
 
-    def add(self, document: Document, encode: Callable[[Document], Encoded]) -> None:
-        """Encode a document, unless the spool has it already."""
+    def add(self, document: Document, encode: Callable[[Document], Encoded], *, keyed: bool = True) -> None:
+        """Encode a document, unless the spool has it already, with keys or without as it is to be."""
         number = self._numbers.get(document.id)
-        if number is not None and describe(document, 0) == replace(self._rows[number], begin=0, end=0):
+        if number is not None and describe(document, 0, keyed=keyed) == replace(self._rows[number], begin=0, end=0):
             return
         encoded = encode(document)
         begin = self._rows[-1].end if self._rows else 0
@@ -129,7 +139,7 @@ class Spool:
         for name in ARRAYS:
             array = np.ascontiguousarray(getattr(encoded, name))
             self._append(name, array.view(np.uint8).data)
-        self._append("rows", canonical_json({**asdict(row), "sha256": self._digest(encoded)}))
+        self._append("rows", canonical_json({**row.written(), "sha256": self._digest(encoded)}))
         self._numbers[row.id] = len(self._rows)
         self._rows.append(row)
 
@@ -139,14 +149,19 @@ class Spool:
 
     def encoded(self, ids: list[str]) -> list[Encoded]:
         """Some of the documents, their arrays mapped from disk."""
-        rows = [self._rows[self._numbers[each]] for each in ids]
+        keys = list(itertools.accumulate((row.keys for row in self._rows), initial=0))
         whole = {
-            name: np.memmap(self._path(name), dtype=kind, mode="r").reshape(-1, *shape)
+            name: (
+                np.memmap(self._path(name), dtype=kind, mode="r").reshape(-1, *shape)
+                if self._path(name).stat().st_size
+                else np.zeros((0, *shape), kind)
+            )
             for name, (kind, shape) in self._shapes.items()
         }
-        return [
-            Encoded(
-                replace(row, begin=0, end=row.end - row.begin), *(whole[name][row.begin : row.end] for name in ARRAYS)
-            )
-            for row in rows
-        ]
+        found = []
+        for number in (self._numbers[each] for each in ids):
+            row, own = self._rows[number], slice(keys[number], keys[number + 1])
+            arrays = (whole[name][own] for name in OF_KEYS)
+            there = replace(row, begin=0, end=row.end - row.begin)
+            found.append(Encoded(there, whole["tokens"][row.begin : row.end], *arrays))
+        return found

@@ -100,6 +100,7 @@ class Store(Snapshot):
         documents: Iterable[Document],
         model: LanguageModel,
         *,
+        keyed: bool = True,
         progress: Progress | None = None,
         key: Ed25519PrivateKey | None = None,
     ) -> Receipt:
@@ -111,6 +112,8 @@ class Store(Snapshot):
         Args:
             documents: gone through twice, so no iterator.
             model: that of the store.
+            keyed: whether they get keys. Without them no neighbours are found in them, and the model is not run, which
+                is what takes the time; blocks and ∞-grams are the same.
             progress: called after each document.
             key: signs the receipt.
 
@@ -127,7 +130,7 @@ class Store(Snapshot):
             code_bytes = self.control.codes.size
             spool = Spool(self._spool, self._state(), token_type=token_type(model.vocab_size), code_bytes=code_bytes)
             for done, document in enumerate(documents, start=1):
-                spool.add(document, lambda each: self.encode(each, model))
+                spool.add(document, lambda each: self.encode(each, model, keyed=keyed), keyed=keyed)
                 if progress:
                     progress(done, len(ids))
             return self._insert(spool.encoded(ids), key)
@@ -176,10 +179,11 @@ class Store(Snapshot):
             )
         return list(shards)
 
-    def encode(self, document: Document, model: LanguageModel) -> Encoded:
-        """A document as a shard holds it."""
+    def encode(self, document: Document, model: LanguageModel, *, keyed: bool = True) -> Encoded:
+        """A document as a shard holds it, with a key for each token or without any."""
         tokens = model.tokenize(document)
-        parts = [self.control.encode(keys) for keys in model.key_batches(tokens)]
+        none = (np.zeros(0, np.int32), np.zeros((0, self.control.codes.size), np.uint8))
+        parts = [self.control.encode(keys) for keys in model.key_batches(tokens)] if keyed else [none]
         lists, codes = (np.concatenate(each) for each in zip(*parts, strict=True))
         return Encoded.make(document, tokens.astype(token_type(model.vocab_size)), lists, codes)
 

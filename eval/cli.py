@@ -184,6 +184,7 @@ def render_gate(value: dict[str, Any]) -> None:
 @click.option("--use", "methods", default="lm,knn,ngram", callback=parse_methods, show_default=True, help="Methods.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the gate to this file.  [default: to the store]")
 @click.option("--store-tokens", default=400_000, show_default=True, help="Tokens of the rehearsal's store.")
+@click.option("--bare-tokens", default=0, show_default=True, help="The same, without keys, beside them.")
 @click.option("--asked-tokens", default=60_000, show_default=True, help="Tokens to learn from, and to judge by.")
 @reports(render_gate)
 def gate(
@@ -193,6 +194,7 @@ def gate(
     methods: list[str],
     out: Path | None,
     store_tokens: int,
+    bare_tokens: int,
     asked_tokens: int,
 ) -> dict[str, Any]:
     """Learn, from permissive FILES, how far to trust a store at each token.
@@ -224,6 +226,7 @@ def gate(
             trained_on=read_trained_on(model),
             store_tokens=store_tokens,
             asked_tokens=asked_tokens,
+            bare_tokens=bare_tokens,
             progress=progress,
         )
     if out is None:

@@ -74,6 +74,7 @@ def rehearse(
     trained_on: set[str],
     store_tokens: int,
     asked_tokens: int,
+    bare_tokens: int = 0,
     nearest: Nearest | None = None,
     progress: Progress | None = None,
 ) -> tuple[Gate, dict[str, Any]]:
@@ -88,6 +89,7 @@ def rehearse(
         trained_on: content hashes of the documents that taught the model.
         store_tokens: so many go into the rehearsal's store.
         asked_tokens: so many are asked about, half of them of owners that the store does not have.
+        bare_tokens: so many more go into the rehearsal's store without keys, where the real one has text without keys.
         nearest: how neighbours are looked up, here and wherever the gate is to weigh.
         progress: called while the store is built.
 
@@ -102,15 +104,18 @@ def rehearse(
     require_teachers(documents, policy, trained_on)
     cast = Cast.of(documents)
     stored = list(taken(model, cast.stored, store_tokens))
+    bare = list(taken(model, cast.stored[len(stored) :], bare_tokens))
     with tempfile.TemporaryDirectory(prefix="silo-rehearsal-") as directory:
         stage = Store.create(Path(directory) / "store", model, store.path / "tokenizer.json", store.control)
         stage.add(stored, model, progress=progress)
+        if bare:
+            stage.add(bare, model, keyed=False)
         mixture = stage.mixture(model, methods, nearest=nearest)
         sides = [sample(each, mixture, asked_tokens // 2) for each in (cast.asked, cast.strangers)]
         learnt, held_out = _split([text for side in sides for text in side])
         scores = [score(mixture, each) for each in (learnt, held_out)]
     gate = fit_gate(scores[0].lessons, scores[1].lessons, methods, nearest=nearest)
-    taught = provenance([*stored, *(text.document for side in sides for text in side)])
+    taught = provenance([*stored, *bare, *(text.document for side in sides for text in side)])
     gained = [_gain(each, gate) for each in scores]
     return gate, {
         "model": model.fingerprint,

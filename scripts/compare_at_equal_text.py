@@ -13,6 +13,10 @@ domain's test split is read beside the whole store, and that of the permissive f
 Blocks are read in three ways: ours (two blocks every 64 tokens), In-Context RALM's (Ram 2023: one block every 4 tokens,
 looked up by 32) and SILO's (one block a window of text).
 
+With --bare-tokens, the store has much more text than it has keys for: for the ∞-gram and for blocks, which need no
+call of the model; so has the store from which the gate learns. How much of each test text the store has word for word
+is reported.
+
 With --keep, a run that was stopped goes on where it stood. Prints one JSON document: machine, command, commit, seed,
 data hash, result.
 """
@@ -38,6 +42,8 @@ from recording import files_hash, made, require_same_run
 
 from datastore.control import ControlPlane, provenance
 from datastore.store import Store
+from eval.leakage import leakage
+from eval.options import parse_methods
 from eval.perplexity import Scores, Text, described, fit, sample, score
 from eval.rehearsal import rehearse, taken
 from silo.documents import Document
@@ -72,14 +78,18 @@ def say(text: str) -> None:
 @click.option("--name", required=True, help="What the model is called in RESULTS.md.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Where what is done is kept.  [default: nowhere]")
 @click.option("--store-tokens", default=200_000, show_default=True, help="Of each restricted domain.")
+@click.option("--bare-tokens", default=0, show_default=True, help="The same, without keys, beside them.")
 @click.option("--rehearsal-tokens", default=400_000, show_default=True, help="Of the rehearsal's store.")
+@click.option("--rehearsal-bare-tokens", default=0, show_default=True, help="The same, without keys, beside them.")
 @click.option("--asked-tokens", default=80_000, show_default=True, help="That teach the gate.")
 @click.option("--tokens", default=8_000, show_default=True, help="Of each domain, to fit on and to report.")
 @click.option("--ways-tokens", default=2_000, show_default=True, help="The same, for other ways to read blocks.")
+@click.option("--use", default=",".join(METHODS), show_default=True, callback=parse_methods, help="Methods.")
 @click.option("--control-tokens", default=60_000, show_default=True)
 def main(
-    files: tuple[Path, ...], model: Path, name: str, keep: Path | None, store_tokens: int, rehearsal_tokens: int,
-    asked_tokens: int, tokens: int, ways_tokens: int, control_tokens: int,
+    files: tuple[Path, ...], model: Path, name: str, keep: Path | None, store_tokens: int, bare_tokens: int,
+    rehearsal_tokens: int, rehearsal_bare_tokens: int, asked_tokens: int, tokens: int, ways_tokens: int,
+    use: list[str], control_tokens: int,
 ) -> None:  # fmt: skip
     """Measure, and print one JSON document."""
     lm = LanguageModel.load(model)
@@ -87,28 +97,34 @@ def main(
     with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="silo-equal-text-") as directory:
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
-        sizes = [store_tokens, rehearsal_tokens, asked_tokens, tokens, ways_tokens, control_tokens]
-        require_same_run(root, {"model": lm.fingerprint, "data": files_hash(files), "sizes": sizes})
-        store = build(root / "store", lm, model, permissive, restricted, store_tokens, control_tokens)
-        gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, rehearsal_tokens, asked_tokens)
+        sizes = [rehearsal_tokens, rehearsal_bare_tokens, asked_tokens]
+        others = [store_tokens, bare_tokens, tokens, ways_tokens, control_tokens]
+        of = {"model": lm.fingerprint, "data": files_hash(files), "sizes": [*sizes, *others], "use": use}
+        require_same_run(root, of)
+        store = build(root / "store", lm, model, permissive, restricted, (store_tokens, bare_tokens), control_tokens)
+        gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, use, *sizes)
         say(f"gate: {taught['nats_gained']}")
-        mixture = store.mixture(lm, METHODS)
+        mixture = store.mixture(lm, use)
         domains = {**restricted, **permissive}
         scores = {each: kept(root / f"{each} read", scored, mixture, of, tokens) for each, of in domains.items()}
-        for_all = fitted(joined([scores[each]["val"] for each in restricted]))
-        rows = {each: measured(scores[each], for_all, gate) for each in domains}
+        for_all = fitted(joined([scores[each]["val"] for each in restricted]), use)
+        rows = {
+            each: measured(scores[each], for_all, gate, use) | in_store(store, mixture, of["test"], tokens)
+            for each, of in domains.items()
+        }
         ways = {
             way: {
                 each: kept(root / f"{each} by {way}", in_context, lm, store, settings, of, ways_tokens)
                 for each, of in restricted.items()
             }
-            for way, settings in {"ours": InContext(), **WAYS}.items()
+            for way, settings in ({"ours": InContext(), **WAYS} if "ric" in use else {}).items()
         }
     report = {
         **made(files),
         "model": {"name": name, "fingerprint": lm.fingerprint},
         "result": {
-            "store_tokens": sum(each.tokens for each in store.manifest.shards.values()),
+            "store_tokens": store.describe()["tokens"],
+            "store_keys": store.describe()["keys"],
             "owners": len(store.manifest.shards),
             "restricted": list(restricted),
             "permissive": list(permissive),
@@ -145,29 +161,45 @@ def split(files: Sequence[Path]) -> tuple[Splits, Splits]:
 
 
 def build(
-    path: Path, lm: LanguageModel, model: Path, permissive: Splits, restricted: Splits, tokens: int, control: int
+    path: Path,
+    lm: LanguageModel,
+    model: Path,
+    permissive: Splits,
+    restricted: Splits,
+    tokens: tuple[int, int],
+    control: int,
 ) -> Store:
-    """One store of all restricted domains, with a control plane from permissive validation text; finished, if a run
-    before left it half done."""
+    """One store of all restricted domains, so many tokens of each with keys and without, with a control plane from
+    permissive validation text; finished, if a run before left it half done."""
     if not path.exists():
         teachers = [d for domain in permissive.values() for d in taken(lm, domain["val"], control // len(permissive))]
         keys = np.concatenate([lm.keys(lm.tokenize(document)) for document in teachers])
         Store.create(path, lm, model / "tokenizer.json", ControlPlane.fit(keys, provenance(teachers)))
     store = Store.open(path)
     if not store.manifest.shards:
-        store.add([d for domain in restricted.values() for d in taken(lm, domain["train"], tokens)], lm)
+        store.add([d for domain in restricted.values() for d in taken(lm, domain["train"], tokens[0])], lm)
+    rest = [(domain["train"], len(list(taken(lm, domain["train"], tokens[0])))) for domain in restricted.values()]
+    bare = [document for train, keyed in rest for document in taken(lm, train[keyed:], tokens[1])]
+    if bare and not store.present(bare):
+        store.add(bare, lm, keyed=False)
     say(f"{store.describe()['tokens']:,} tokens of {len(store.manifest.shards)} owners in the store")
     return store
 
 
 def taught_gate(
-    lm: LanguageModel, store: Store, permissive: Splits, store_tokens: int, asked_tokens: int
+    lm: LanguageModel,
+    store: Store,
+    permissive: Splits,
+    use: list[str],
+    store_tokens: int,
+    bare_tokens: int,
+    asked_tokens: int,
 ) -> tuple[Gate, dict[str, Any]]:
     """A gate, from the training split of the permissive domains: not the text that teaches the store's centroids."""
     teachers = [document for domain in permissive.values() for document in domain["train"]]
     return rehearse(
-        lm, store, teachers, METHODS, policy=DEFAULT_POLICY, trained_on=set(),
-        store_tokens=store_tokens, asked_tokens=asked_tokens,
+        lm, store, teachers, use, policy=DEFAULT_POLICY, trained_on=set(),
+        store_tokens=store_tokens, bare_tokens=bare_tokens, asked_tokens=asked_tokens,
     )  # fmt: skip
 
 
@@ -176,6 +208,11 @@ def scored(mixture: Mixture, domain: dict[str, list[Document]], tokens: int) -> 
     found = {name: score(mixture, sample(domain[name], mixture, tokens)) for name in ("val", "test")}
     say(f"{len(found['test']):,} tokens")
     return found
+
+
+def in_store(store: Store, mixture: Mixture, documents: list[Document], tokens: int) -> dict[str, Any]:
+    """How much of the test sample the store has word for word."""
+    return {"leakage": leakage(store.ngrams(), [text.tokens for text in sample(documents, mixture, tokens)])}
 
 
 def joined(scores: Sequence[Scores]) -> Scores:
@@ -190,14 +227,14 @@ def joined(scores: Sequence[Scores]) -> Scores:
     )
 
 
-def fitted(scores: Scores) -> dict[str, Weights]:
-    """Weights of each mixture."""
-    return {"+".join(methods[1:]): fit(scores, methods) for methods in MIXTURES}
+def fitted(scores: Scores, use: list[str]) -> dict[str, Weights]:
+    """Weights of each mixture of methods in use."""
+    return {"+".join(methods[1:]): fit(scores, methods) for methods in MIXTURES if set(methods) <= set(use)}
 
 
-def measured(scores: dict[str, Scores], for_all: dict[str, Weights], gate: Gate) -> dict[str, Any]:
+def measured(scores: dict[str, Scores], for_all: dict[str, Weights], gate: Gate, use: list[str]) -> dict[str, Any]:
     """Test perplexity by each mixture and each way to weigh it."""
-    test, own = scores["test"], fitted(scores["val"])
+    test, own = scores["test"], fitted(scores["val"], use)
 
     def perplexity(logs: torch.Tensor) -> float:
         return math.exp(-logs.mean().item())
@@ -209,7 +246,7 @@ def measured(scores: dict[str, Scores], for_all: dict[str, Weights], gate: Gate)
         "tuned": {name: perplexity(test.log_probabilities(weights)) for name, weights in own.items()},
         "gate": perplexity(test.log_probabilities(gate)),
         "weights": {
-            "tuned": {key: value for key, value in own["+".join(METHODS[1:])].to_json().items() if key != "by_suffix"},
+            "tuned": {key: value for key, value in own["+".join(use[1:])].to_json().items() if key != "by_suffix"},
             "gate": described(gate, test.evidence),
         },
     }

@@ -30,10 +30,13 @@ def equal_text(record: dict[str, Any]) -> str:
     permissive = "\n".join(row(name) for name in result["permissive"])
     gate = result["gate"]
     tokens = next(iter(result["domains"].values()))["tokens"]
-    return f"""## Neighbours, blocks and ∞-grams at equal text: {record["model"]["name"]}
+    equal = result.get("store_keys", result["store_tokens"]) == result["store_tokens"]
+    title = "Neighbours, blocks and ∞-grams at equal text" if equal else "A large ∞-gram beside fewer neighbours"
+    rest = "\n\n".join(part for part in (_ways(result["ways_to_read_blocks"]), _leakage(result)) if part)
+    return f"""## {title}: {record["model"]["name"]}
 
 One store of {result["store_tokens"]:,} tokens of {result["owners"]} owners, of all restricted domains alike, \
-searched by every method; {tokens:,} test tokens of each domain. Columns "+ …" have λ (with the ∞-gram for each class \
+{_keys(result)}; {tokens:,} test tokens of each domain. Columns "+ …" have λ (with the ∞-gram for each class \
 of suffix) and τ tuned on the domain's own validation text; "one for all" those of all domains' validation text \
 together; the gate was taught by {gate["asked_tokens"]:,} tokens of permissive text beside a rehearsal's store of \
 {gate["store_tokens"]:,}, and knows nothing of domains. Its last column compares it with the best of the tuned.
@@ -48,13 +51,39 @@ Permissive text beside the same store, which holds nothing of it:
 {head}
 {permissive}
 
-{_ways(result["ways_to_read_blocks"])}
+{rest}
 """
+
+
+def _keys(result: dict[str, Any]) -> str:
+    """Which of the store's text the methods search."""
+    keys = result.get("store_keys", result["store_tokens"])
+    if keys == result["store_tokens"]:
+        return "searched by every method"
+    return f"of which {keys:,} have keys to be found as neighbours, and all are searched by the ∞-gram"
+
+
+def _leakage(result: dict[str, Any]) -> str:
+    """What the store has of the test text word for word, where that was measured."""
+    if not all("leakage" in of for of in result["domains"].values()):
+        return ""
+    found = {name: of["leakage"]["shares"] for name, of in result["domains"].items()}
+    lengths = list(next(iter(found.values())))
+    rows = "\n".join(
+        f"| {name} | {' | '.join(f'{shares[length]:.1%}' for length in lengths)} |" for name, shares in found.items()
+    )
+    return f"""Share of the test tokens inside runs of so many tokens that the store has word for word:
+
+| domain | {" | ".join(f"{length} tokens" for length in lengths)} |
+|:---|{"---:|" * len(lengths)}
+{rows}"""
 
 
 def _ways(ways: dict[str, Any]) -> str:
     """Ways to read blocks, over all domains alike."""
-    rows = []
+    rows: list[str] = []
+    if set(ways) == {"tokens"}:
+        return ""
     for name, domains in ways.items():
         if name != "tokens":
             ratio = math.exp(statistics.fmean(math.log(of["lm+ric"] / of["lm"]) for of in domains.values()))
@@ -91,5 +120,6 @@ of a token sum to its probability within {result["greatest_error_of_a_sum"]:.0e}
 SECTIONS = {
     "equal_text": equal_text,
     "equal_text_smollm2": equal_text,
+    "large_ngram_smollm2": equal_text,
     "attribution": attribution,
 }

@@ -37,6 +37,7 @@ def answers(model, documents):
     The questions are real text, some of it in the store and some not.
     """
     from eval.perplexity import Text, distribution_digest
+    from silo.readings import SHORTER
     from silo.weights import METHODS, Weights
 
     texts = [Text(document, model.tokenize(document)[:96]) for document in documents[::3]]
@@ -62,6 +63,10 @@ def answers(model, documents):
                 for hits in blocks.search(queries, 3)
             ],
             "ngrams": [array.tolist() for array in (matches.lengths, matches.counts, matches.hits)],
+            "shorter ngrams": [
+                [array.tolist() for array in (each.counts, each.hits, each.kinds(contexts))]
+                for each in (matches.shorter(length) for length in SHORTER)
+            ],
             "following": [array.tolist() for array in (following.begins, following.tokens, following.counts)],
             "origins": [origins.begins.tolist(), origins.counts.tolist()],
             "traced": [ngrams.document(at).id for at in origins.documents],
