@@ -43,7 +43,7 @@ def store(model, model_dir, control, documents, tmp_path_factory) -> Store:
     return made
 
 
-def rehearsed(model, store, documents, *, trained_on=frozenset(), nearest=None):
+def rehearsed(model, store, documents, *, trained_on=frozenset(), store_tokens=4000, **options):
     return rehearse(
         model,
         store,
@@ -51,9 +51,9 @@ def rehearsed(model, store, documents, *, trained_on=frozenset(), nearest=None):
         METHODS,
         policy=DEFAULT_POLICY,
         trained_on=set(trained_on),
-        store_tokens=4000,
+        store_tokens=store_tokens,
         asked_tokens=3000,
-        nearest=nearest,
+        **options,
     )
 
 
@@ -111,6 +111,25 @@ def test_too_little_text_is_wrong_use(model, store, permissive):
     """Documents of one owner cannot play both sides."""
     with pytest.raises(UsageError, match="too few for a rehearsal; give more permissive text"):
         rehearsed(model, store, [document for document in permissive if document.owner == "owner 0"])
+
+
+def test_text_without_keys_is_rehearsed_with(model, store, permissive, monkeypatch):
+    """Some more text can be in the rehearsal's store without keys, which only the ∞-gram then knows."""
+    added = []
+    real = Store.add
+
+    def add(self, documents, model, *, keyed=True, **options):
+        added.append((keyed, sum(len(model.tokenize(document)) for document in documents)))
+        return real(self, documents, model, keyed=keyed, **options)
+
+    monkeypatch.setattr(Store, "add", add)
+    _, source = rehearsed(model, store, permissive, store_tokens=1500, bare_tokens=1500)
+    assert [keyed for keyed, _ in added] == [True, False]
+    assert all(tokens >= 1500 for _, tokens in added)
+    assert source["store_tokens"] == sum(tokens for _, tokens in added)
+    _, without = rehearsed(model, store, permissive, store_tokens=1500)
+    assert without["store_tokens"] == added[0][1] == added[2][1]
+    assert {row["id"] for row in without["teachers"]} < {row["id"] for row in source["teachers"]}
 
 
 def test_the_store_is_not_read(model, store, make_store, permissive):

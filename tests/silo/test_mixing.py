@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silo.mixing import (
+    discounted,
     fit_weights,
     interpolate,
     neighbour_distribution,
@@ -186,3 +187,38 @@ def test_tokens_that_nobody_explains_do_not_spoil_the_fit():
 def test_perplexity_by_hand():
     """Tokens of probability 1/2 and 1/8 have a perplexity of 4."""
     assert perplexity(torch.tensor([0.5, 0.125], dtype=torch.float64).log()) == pytest.approx(4)
+
+
+COUNTS = st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=1, max_size=4)
+
+
+def slow_discounted(orders: list[list[int]], discount: float, below: list[float]) -> list[float]:
+    """p of each of five tokens, by the recursion of the paper from the shortest n-gram up."""
+    said = below
+    for counts in orders:
+        total, kinds = sum(counts), sum(count > 0 for count in counts)
+        if total:
+            said = [
+                max(count - discount, 0) / total + discount * kinds / total * lower
+                for count, lower in zip(counts, said, strict=True)
+            ]
+    return said
+
+
+@given(COUNTS, st.floats(0.01, 1), st.lists(st.floats(0.01, 1), min_size=5, max_size=5))
+def test_discounts_are_given_to_shorter_ngrams(orders, discount, below):
+    """What is taken off counts goes to the next shorter n-gram, and in the end to what is below: the recursion of the
+    paper, and a distribution if that below is one."""
+    below = [each / sum(below) for each in below]
+    tables = [np.asarray(counts) for counts in orders]
+    given_, left = discounted([(hits, hits.sum(), (hits > 0).sum()) for hits in tables], discount)
+    ours = given_ + left * np.asarray(below)
+    np.testing.assert_allclose(ours, slow_discounted(orders, discount, below), rtol=0, atol=1e-12)
+    assert ours.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_nothing_known_leaves_everything():
+    """Where no suffix occurs, all is left; where one always goes on with one token, the discount alone is."""
+    given_, left = discounted([(np.asarray([0, 4]), np.asarray([0, 4]), np.asarray([0, 1]))], 0.8)
+    np.testing.assert_allclose(left, [1.0, 0.2])
+    np.testing.assert_allclose(given_, [0.0, 0.8])
