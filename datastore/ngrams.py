@@ -44,6 +44,7 @@ class NgramIndex:
         self._whole = [groups[number] for number in order]
         self._selected = [selected[number] if selected else None for number in order]
         self._some: dict[int, Suffixes] = {}
+        self._documents: dict[int, SourceDocument] = {}
 
     @property
     def groups(self) -> list[KeyGroup]:
@@ -74,7 +75,10 @@ class NgramIndex:
 
     def document(self, index: int) -> SourceDocument:
         """The document behind an index in :attr:`silo.retrieval.Origins.documents`."""
-        return self._whole[int(index) >> 32].keys.document(int(index) & 0xFFFFFFFF).described()
+        if index not in self._documents:  # which are asked for again and again
+            row = self._whole[int(index) >> 32].keys.document(int(index) & 0xFFFFFFFF)
+            self._documents[int(index)] = row.described()
+        return self._documents[int(index)]
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Counts:
         self._depths = np.zeros(number, dtype=np.int64)
         self._depths[suffixes[suffixes >= 0]] = lengths[suffixes >= 0]
         self._kinds = np.where(self._counts == 1, 1, 0)  # of those that occur more often when they are asked for
+        self._spreads: dict[int, Spread] = {}
         self.counts = np.where(suffixes >= 0, self._counts[suffixes], 0) if number else np.zeros_like(lengths)
 
     def kinds(self, contexts: np.ndarray) -> np.ndarray:
@@ -223,7 +228,13 @@ class Counts:
             yield group, asked, first, _first_reaching(suffixes, first, high, depths, wanted + 1) - first
 
     def spread(self, context: int) -> Spread:
-        """The documents in which one context's suffix occurs."""
+        """The documents in which one context's suffix occurs; kept, since texts come back to the same words."""
+        suffix = int(self._suffixes[context])
+        if suffix not in self._spreads:
+            self._spreads[suffix] = self._spread(context)
+        return self._spreads[suffix]
+
+    def _spread(self, context: int) -> Spread:
         found = [np.zeros((2, 0), dtype=np.int64)]
         for group, _, spans in self._by_group(self._suffixes[context : context + 1]):
             places = _ranges(self._spans.firsts[spans], self._spans.counts[spans])
@@ -232,9 +243,9 @@ class Counts:
             found.append(np.stack([suffixes.documents(places) + (group << 32), suffixes.tokens(places, depths)]))
         documents, tokens = np.concatenate(found, axis=1)
         names, of, counts = np.unique(documents, return_inverse=True, return_counts=True)
-        pairs = np.unique(np.stack([tokens, of]), axis=1)
-        _, which, times = np.unique(pairs[0], return_inverse=True, return_counts=True)
-        alone = pairs[1][times[which] == 1]
+        pairs = np.unique((tokens << 32) | of)  # tokens are uint32 at the widest
+        _, which, times = np.unique(pairs >> 32, return_inverse=True, return_counts=True)
+        alone = pairs[times[which] == 1] & 0xFFFFFFFF
         return Spread(names, counts, np.bincount(alone, minlength=len(names)))
 
     def _by_group(self, suffixes: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:

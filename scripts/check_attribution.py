@@ -31,7 +31,7 @@ from recording import made
 from datastore.store import Selection, Store
 from eval.perplexity import Text, sample
 from silo.language_model import LanguageModel
-from silo.leaving import Leaving
+from silo.leaving import Leaving, concerned
 from silo.mixture import Mixture
 from silo.weights import Weights
 
@@ -92,7 +92,7 @@ def predicted(mixture: Mixture, texts: list[Text], every: int) -> Iterator[Pair]
     """Predictions for the documents with the largest shares of sampled tokens."""
     for number, parts in mixture.read([text.tokens for text in texts]):
         tokens = texts[number].tokens
-        leaving = Leaving(parts, tokens, WEIGHTS)
+        leaving = Leaving(parts, tokens, WEIGHTS, concerned([parts], tokens))
         for index in range(0, parts.end - parts.begin, every):
             token = int(tokens[parts.begin + index])
             shares = mixture.attribute(parts, index, token, WEIGHTS)

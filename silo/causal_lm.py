@@ -4,7 +4,7 @@ the mixture unchanged."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from silo.errors import UsageError
 from silo.explanation import Answer, ExplainedToken, Explanation, pieces
-from silo.leaving import Leaving
-from silo.mixture import Mixture, attribute_all
+from silo.leaving import Leaving, concerned
+from silo.mixture import Mixture, Parts, attribute_all
 from silo.streaming import MixtureCache, Reader, Row
 from silo.weights import Weighing
+
+EXPLAINED_TOKENS = 512
+"""What would change if a document left is asked of the documents that matter to so many tokens."""
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
@@ -171,13 +174,27 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         row = Row(self.mixture.model.inputs(np.asarray(tokens)).numpy(), started=True)
         texts = pieces(self.tokenizer.decode, tokens[first:])
         found = []
-        for parts in self.reader.read(row, first):
-            own = torch.tensor(tokens[parts.begin : parts.end])
-            leaving = Leaving(parts, np.asarray(tokens), self.weighing)
-            for index, split in enumerate(attribute_all(parts, own, self.weighing)):
-                at = parts.begin + index
-                found.append(ExplainedToken.of(tokens[at], texts[at - first], split, leaving.at(index)))
+        for several in _together(self.reader.read(row, first)):
+            numbers = concerned(several, np.asarray(tokens))
+            for parts in several:
+                own = torch.tensor(tokens[parts.begin : parts.end])
+                leaving = Leaving(parts, np.asarray(tokens), self.weighing, numbers)
+                for index, split in enumerate(attribute_all(parts, own, self.weighing)):
+                    at = parts.begin + index
+                    found.append(ExplainedToken.of(tokens[at], texts[at - first], split, leaving.at(index)))
         return Explanation(tuple(found))
+
+
+def _together(read: Iterable[Parts]) -> Iterator[list[Parts]]:
+    """So many parts of a text at a time that they have :data:`EXPLAINED_TOKENS`, or a little more."""
+    several: list[Parts] = []
+    for parts in read:
+        several.append(parts)
+        if several[-1].end - several[0].begin >= EXPLAINED_TOKENS:
+            yield several
+            several = []
+    if several:
+        yield several
 
 
 class _Count(BaseStreamer):

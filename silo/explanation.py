@@ -43,7 +43,7 @@ class ExplainedToken:
     shares: tuple[DocumentShare, ...]
     """Largest first."""
     without: Mapping[SourceDocument, float]
-    """What the probability would be without each document that was found (:mod:`silo.leaving`), also those that say
+    """What the probability would be without each document that matters (:mod:`silo.leaving`), also those that say
     something else."""
 
     @classmethod
@@ -125,12 +125,18 @@ class Explanation:
         return "\n".join(["This text draws on:", *lines]) if lines else ""
 
     def to_json(self) -> dict[str, Any]:
-        """Sums, notice and tokens; a ``change`` in nats is absent where nothing would be left."""
+        """Sums, notice and tokens; a ``change`` in nats is absent where nothing would be left, or where a document
+        gives so little that it was not asked."""
         changes = self.changes()
         return {
             "lm": {"probability": self.lm.probability, "tokens": self.lm.tokens},
             "documents": [
-                {"document": document.id, **_described(document), **_numbers(given), **_change(changes[document])}
+                {
+                    "document": document.id,
+                    **_described(document),
+                    **_numbers(given),
+                    **_change(changes.get(document, -inf)),
+                }
                 for document, given in self.documents()
             ],
             "owners": [{"owner": given.name, **_numbers(given)} for given in self.owners()],

@@ -32,6 +32,8 @@ Temperature = float | torch.Tensor
 """τ of kNN-LM, in units of squared distance: one for all positions, or (n, 1)."""
 Shares = list[tuple[float, SourceDocument]]
 """Parts of one token's probability, and the documents that they come from."""
+MATTERS = 0.1
+"""A document that has a smaller part of what an ∞-gram counts, at every position, is not asked what it would change."""
 Without = dict[SourceDocument, tuple[float, float]]
 """What a method would give to one token without each of the documents that it found, and what it would leave to the
 model."""
@@ -240,28 +242,43 @@ class NgramReading:
     def shares(self, index: int, token: int) -> Shares:
         """What each document's occurrences give to one token at one position; what is taken off a count is taken off
         all of them alike."""
+        documents, given = self._shares(index, token)
+        return [
+            (share, self.source.document(document))
+            for document, share in zip(documents.tolist(), given.tolist(), strict=True)
+        ]
+
+    def _shares(self, index: int, token: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents (d,), and what each gives, (d,) float64."""
         context, wanted = self.contexts[index : index + 1], np.asarray([token], dtype=np.int64)
-        shares: dict[int, float] = defaultdict(float)
-        passed = 1.0
+        found, passed = [], 1.0
         for order, (counts, kinds) in zip(self.orders[::-1], self._totals[::-1], strict=True):
             count = int(counts[index])
             if count:
                 origins = order.origins(context, wanted)
-                hits = int(origins.counts.sum())
-                for document, times in zip(origins.documents.tolist(), origins.counts.tolist(), strict=True):
-                    shares[document] += passed * (hits - DISCOUNT) / count * (times / hits)
+                hits = max(1, int(origins.counts.sum()))
+                found.append((origins.documents, origins.counts * (passed * (hits - DISCOUNT) / count / hits)))
                 passed *= DISCOUNT * int(kinds[index]) / count
-        return [(share, self.source.document(document)) for document, share in shares.items()]
+        if not found:
+            return np.zeros(0, dtype=np.int64), np.zeros(0)
+        documents, of = np.unique(np.concatenate([each for each, _ in found]), return_inverse=True)
+        return documents, np.bincount(of, weights=np.concatenate([given for _, given in found]))
 
     def concerned(self, index: int, token: int) -> np.ndarray:
-        """The documents that have the longest suffix of one position, or any of its suffixes with a token after it."""
-        context, wanted = self.contexts[index : index + 1], np.asarray([token], dtype=np.int64)
-        found = [self.matches.spread(int(context[0])).documents] if self.found[index] else []
-        return np.unique(np.concatenate([*found, *(order.origins(context, wanted).documents for order in self.orders)]))
+        """The documents that matter at one position: those that give :data:`MATTERS` of what is given to the token, or
+        have as much of the longest suffix's occurrences, where that is a suffix of many tokens."""
+        documents, given = self._shares(index, token)
+        found = [documents[given >= MATTERS * given.sum()]]
+        if self.found[index] and self.matches.lengths[self.contexts[index]] > SHORTER[-1]:
+            spread = self.matches.spread(int(self.contexts[index]))
+            found.append(spread.documents[spread.counts >= MATTERS * spread.counts.sum()])
+        return np.unique(np.concatenate(found))
 
-    def without(self, index: int, token: int, context: np.ndarray, documents: np.ndarray) -> Without:
+    def without(
+        self, index: int, token: int, context: np.ndarray, documents: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the others' occurrences give to one token after a context (m,), which is the one of this position,
-        without each of some documents.
+        without each of some documents (d,), and what they leave; (d,) each.
 
         Where the longest suffix is one document's alone, the longest that another has is looked up for it.
         """
@@ -273,11 +290,7 @@ class NgramReading:
         if self.found[index]:
             for row in np.flatnonzero(counts == 0).tolist():
                 hits[row], counts[row], kinds[row] = self._of_others(int(documents[row]), token, context, index)
-        given, left = np.broadcast_arrays(*discounted(orders, DISCOUNT))
-        return {
-            self.source.document(number): (float(given[row]), float(left[row]))
-            for row, number in enumerate(documents.tolist())
-        }
+        return discounted(orders, DISCOUNT)
 
     def _of_others(self, document: int, token: int, context: np.ndarray, index: int) -> tuple[int, int, int]:
         """Of the longest suffix that another document has, if it is longer than those that are counted anyway: how

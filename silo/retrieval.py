@@ -28,6 +28,10 @@ class SourceDocument:
     source: str
     title: str
 
+    def __hash__(self) -> int:
+        """By the id alone, which tells documents apart: sums over documents hash each many times."""
+        return hash(self.id)
+
 
 class Neighbours(Protocol):
     """The k nearest keys of n queries, nearest first; where fewer were found, the rest has infinite distance."""

@@ -11,7 +11,7 @@ import silo
 from datastore.selection import Selection
 from datastore.store import Store
 from silo.documents import Document
-from silo.leaving import Leaving
+from silo.leaving import Leaving, concerned
 from silo.nearest import Nearest
 from silo.weights import METHODS, Weights
 
@@ -57,7 +57,7 @@ def told(mixture, tokens, weights) -> list[dict[str, float]]:
     return [
         {document.id: p for document, p in leaving.at(index).items()}
         for parts in mixture.parts(tokens)
-        for leaving in [Leaving(parts, tokens, weights)]
+        for leaving in [Leaving(parts, tokens, weights, concerned([parts], tokens))]
         for index in range(parts.end - parts.begin)
     ]
 
@@ -97,7 +97,7 @@ def test_other_blocks_are_weighed_among_themselves(store, model, tokens):
     for parts in mixture.parts(tokens):
         ric = parts.ric
         assert ric is not None
-        leaving = Leaving(parts, tokens, BLOCKS)
+        leaving = Leaving(parts, tokens, BLOCKS, concerned([parts], tokens))
         own = torch.from_numpy(tokens[parts.begin : parts.end].astype(np.int64))
         lm = parts.lm.probability(own).numpy()
         for index in np.flatnonzero(ric.found).tolist():
