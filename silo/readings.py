@@ -2,7 +2,8 @@
 
 A reading gives the probability of one token a position, the whole distribution, the documents behind a probability,
 and evidence: numbers that are known before the token is, by which a gate judges how far to trust the method. Where a
-method found nothing it says so, and the mixture gives its weight to the model.
+method found nothing, or does not trust what it found, it says how much is left, and the mixture gives that to the
+model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ FIRST_NEIGHBOURS = 8
 """How many of the nearest neighbours are asked whether they agree."""
 SUFFIX_BOUNDS = (1, 2, 3, 4, 6, 9, 16)
 """Where the classes of suffix lengths begin."""
+SHORTER = (1, 2, 3)
+"""Lengths of the suffixes that are counted beside the longest. A fourth, or all, make perplexity no lower (LOG.md)."""
+DISCOUNT = 0.75
+"""D of :func:`silo.mixing.discounted`: the best on permissive validation text, where 0.7 and 0.8 are hardly worse
+(LOG.md)."""
+MATTERS = 0.1
+"""A document that has a smaller part of what an ∞-gram counts, at every position, is not asked what it would change."""
 
 CHUNK_NUMBERS = 1 << 18
 """Logits that are normalised at a time."""
@@ -32,15 +40,9 @@ Temperature = float | torch.Tensor
 """τ of kNN-LM, in units of squared distance: one for all positions, or (n, 1)."""
 Shares = list[tuple[float, SourceDocument]]
 """Parts of one token's probability, and the documents that they come from."""
-MATTERS = 0.1
-"""A document that has a smaller part of what an ∞-gram counts, at every position, is not asked what it would change."""
 Without = dict[SourceDocument, tuple[float, float]]
 """What a method would give to one token without each of the documents that it found, and what it would leave to the
 model."""
-SHORTER = (1, 2, 3)
-"""Lengths of the suffixes that are counted beside the longest. A fourth, or all, make perplexity no lower (LOG.md)."""
-DISCOUNT = 0.8
-"""D of :func:`silo.mixing.discounted`. Between 0.75 and 0.9 perplexity moves by a few thousandths (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,13 @@ class NgramReading:
     @cached_property
     def _totals(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each length how often each position's suffix occurs, and how many tokens come after it; (n,) each."""
-        return [
-            (np.where(order.lengths[self.contexts] > 0, order.counts[self.contexts], 0), order.kinds(self.contexts))
-            for order in self.orders
-        ]
+        found = []
+        for order in self.orders:
+            known = order.lengths[self.contexts] > 0  # what comes after nothing is not looked for
+            counts, kinds = np.where(known, order.counts[self.contexts], 0), np.zeros(len(known), dtype=np.int64)
+            kinds[known] = order.kinds(self.contexts[known])
+            found.append((counts, kinds))
+        return found
 
     @property
     def found(self) -> torch.Tensor:

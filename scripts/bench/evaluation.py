@@ -45,16 +45,15 @@ APART = 1e-5
 @click.option("--model", "path", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
 @click.option("--tokens", default=6000, show_default=True, help="Tokens that are scored a round.")
 @click.option("--context", default=1024, show_default=True, help="Tokens of a window.")
-@click.option("--batch", "batches", multiple=True, default=BATCHES, show_default=True, help="Windows in one of its.")
 @click.option("--rounds", default=3, show_default=True, help="Counted rounds.")
 @subject
-def main(data: Path, path: Path, tokens: int, context: int, batches: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def main(data: Path, path: Path, tokens: int, context: int, rounds: int) -> dict[str, Any]:
     """Scoring by the model alone beside lm-evaluation-harness."""
     torch.set_num_threads(1)
     roof = ceiling.measure()
     model = LanguageModel.load(path)
     texts = whole_texts(model, data, tokens)
-    result = measure(model, texts, Protocol("alone", context, context), batches, rounds)
+    result = measure(model, texts, Protocol("alone", context, context), rounds)
     work = ceiling.Work(flops=flops_per_token(model.model, context, batch=1))
     reached = roof.share(work, 1 / statistics.median(result["tokens_per_second"]["silo"]), 1)
     return {
@@ -82,11 +81,9 @@ def whole_texts(model: LanguageModel, data: Path, tokens: int) -> list[str]:
     return found
 
 
-def measure(
-    model: LanguageModel, texts: list[str], protocol: Protocol, batches: Sequence[int], rounds: int
-) -> dict[str, Any]:
+def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: int) -> dict[str, Any]:
     """Tokens a second of all in turn."""
-    peers = {size: harness(model, protocol.context, size) for size in batches}
+    peers = {size: harness(model, protocol.context, size) for size in BATCHES}
     ids = [
         np.asarray(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
         for text in texts

@@ -115,7 +115,7 @@ def slow_ngram(stored: list[list[int]], context: list[int], lm: np.ndarray) -> n
     for length in sorted({1, 2, 3, longest}):
         if 0 < length <= longest:
             counts = counts_after(length)
-            said = np.maximum(counts - 0.8, 0) / counts.sum() + 0.8 * (counts > 0).sum() / counts.sum() * said
+            said = np.maximum(counts - 0.75, 0) / counts.sum() + 0.75 * (counts > 0).sum() / counts.sum() * said
     return said
 
 
