@@ -5,6 +5,8 @@ suffixes is searched once for each place that a run can start at, since a contex
 what starts there: with reach(j) the end of the longest run from j that occurs with a token after it, the longest
 suffix of the context that ends at i starts at the first j with reach(j) ≥ i. Counts are sums over the groups'
 documents, so that the result is the same however documents are spread over shards and groups.
+
+Shorter suffixes of the same contexts are counted when they are asked for, equal ones once.
 """
 
 from __future__ import annotations

@@ -106,10 +106,7 @@ def rehearse(
     stored = list(taken(model, cast.stored, store_tokens))
     bare = list(taken(model, cast.stored[len(stored) :], bare_tokens))
     with tempfile.TemporaryDirectory(prefix="silo-rehearsal-") as directory:
-        stage = Store.create(Path(directory) / "store", model, store.path / "tokenizer.json", store.control)
-        stage.add(stored, model, progress=progress)
-        if bare:
-            stage.add(bare, model, keyed=False)
+        stage = _stage(Path(directory) / "store", model, store, stored, bare, progress)
         mixture = stage.mixture(model, methods, nearest=nearest)
         sides = [sample(each, mixture, asked_tokens // 2) for each in (cast.asked, cast.strangers)]
         learnt, held_out = _split([text for side in sides for text in side])
@@ -126,6 +123,22 @@ def rehearse(
         "asked_tokens": sum(map(len, scores)),
         "nats_gained": {"learnt": gained[0], "held_out": gained[1]},
     }
+
+
+def _stage(
+    path: Path,
+    model: LanguageModel,
+    store: Store,
+    stored: Sequence[Document],
+    bare: Sequence[Document],
+    progress: Progress | None,
+) -> Store:
+    """The rehearsal's store, with the control plane of the real one: some documents with keys, others without."""
+    stage = Store.create(path, model, store.path / "tokenizer.json", store.control)
+    stage.add(stored, model, progress=progress)
+    if bare:
+        stage.add(bare, model, keyed=False)
+    return stage
 
 
 def taken(model: LanguageModel, documents: Iterable[Document], tokens: int) -> Iterator[Document]:

@@ -178,10 +178,10 @@ def build(
     store = Store.open(path)
     if not store.manifest.shards:
         store.add([d for domain in restricted.values() for d in taken(lm, domain["train"], tokens[0])], lm)
-    rest = [(domain["train"], len(list(taken(lm, domain["train"], tokens[0])))) for domain in restricted.values()]
-    bare = [document for train, keyed in rest for document in taken(lm, train[keyed:], tokens[1])]
-    if bare and not store.present(bare):
-        store.add(bare, lm, keyed=False)
+    if tokens[1] and store.describe()["keys"] == store.describe()["tokens"]:
+        known = {row.id for rows in store.rows().values() for row in rows}
+        rest = ([each for each in domain["train"] if each.id not in known] for domain in restricted.values())
+        store.add([document for train in rest for document in taken(lm, train, tokens[1])], lm, keyed=False)
     say(f"{store.describe()['tokens']:,} tokens of {len(store.manifest.shards)} owners in the store")
     return store
 
