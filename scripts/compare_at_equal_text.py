@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from bench.control import read
 from recording import files_hash, made, require_same_run
+from where_loss_lies import by_suffix
 
 from datastore.control import ControlPlane, provenance
 from datastore.store import Store
@@ -245,11 +246,18 @@ def measured(scores: dict[str, Scores], for_all: dict[str, Weights], gate: Gate,
         "one for all": {name: perplexity(test.log_probabilities(weights)) for name, weights in for_all.items()},
         "tuned": {name: perplexity(test.log_probabilities(weights)) for name, weights in own.items()},
         "gate": perplexity(test.log_probabilities(gate)),
+        **({"loss": where_it_lies(test, own, gate)} if "ngram" in use else {}),
         "weights": {
             "tuned": {key: value for key, value in own["+".join(use[1:])].to_json().items() if key != "by_suffix"},
             "gate": described(gate, test.evidence),
         },
     }
+
+
+def where_it_lies(test: Scores, own: dict[str, Weights], gate: Gate) -> list[dict[str, Any]]:
+    """The loss of the model, of each tuned mixture and of the gate, by how long a suffix the store knows."""
+    mixed = {name: test.log_probabilities(weights) for name, weights in own.items()}
+    return by_suffix(test.evidence, {"lm": test.lm.log(), **mixed, "gate": test.log_probabilities(gate)})
 
 
 def in_context(

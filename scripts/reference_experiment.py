@@ -31,10 +31,11 @@ import yaml
 from bench.control import read
 from experiment import LENGTH, VOCABULARY, open_samples, prepare, run_once, say
 from recording import files_hash, made, require_same_run
+from where_loss_lies import by_suffix
 
 from datastore.control import ControlPlane, provenance, read_trained_on
 from datastore.store import Store
-from eval.perplexity import sample, score, weighings_from_json
+from eval.perplexity import sample, weighings_from_json
 from eval.rehearsal import rehearse, taken
 from eval.suite import Suite, load_suite, read_domains
 from eval.suite_report import result
@@ -45,8 +46,6 @@ from silo.documents import Document
 from silo.files import read_json, remove_tree, sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY, load_policy
-from silo.mixture import Mixture
-from silo.readings import SUFFIX_BOUNDS
 from training.loop import train as train_model
 from training.recipe import Recipe
 
@@ -262,29 +261,22 @@ def ratios(rows: list[dict[str, Any]], permissive: list[str]) -> dict[str, dict[
 
 
 def remaining(suite: Suite, out: Path) -> list[dict[str, Any]]:
-    """Where the loss of (c) lies, token by token, on the restricted domains together: by how long a suffix of the
-    context the store knows, tokens and mean nats of (a), (b) and (c)."""
-    contestant = Contestant.open("permissive", suite.models["permissive"], suite.protocol, out)
-    everything = Mixture(LanguageModel.load(out / suite.models["everything"].path))
-    classes, nats = [], []
+    """Where the loss of all four lies, token by token, on the restricted domains together."""
+    contestants = {name: Contestant.open(name, suite.models[name], suite.protocol, out) for name in SIDES}
+    evidence: list[torch.Tensor] = []
+    logs: dict[str, list[torch.Tensor]] = {name: [] for name in "abcd"}
     for domain in read_domains(suite, out):
-        if not domain.permissive:
-            texts = sample(domain.test, contestant.mixture, domain.tokens)
-            scores = contestant.score(texts)
+        if domain.permissive:
+            continue
+        for contestant, alone, mixed in zip(contestants.values(), "ab", "cd", strict=True):
+            scores = contestant.score(sample(domain.test, contestant.mixture, domain.tokens))
             weights = weights_file(contestant, domain, out / "measured", out)
             fitted = weighings_from_json(read_json(weights), METHODS, contestant.mixture.model, where=str(weights))
-            mixed = scores.log_probabilities(fitted["all"])
-            classes.append(scores.evidence["ngram_class"].long() // 2)
-            nats.append(-torch.stack([scores.lm.log(), score(everything, texts).lm.log(), mixed], dim=1))
-    of_token, given = torch.cat(classes), torch.cat(nats)
-    rows = []
-    for number, shortest in enumerate((0, *SUFFIX_BOUNDS)):
-        chosen = given[of_token == number]
-        if len(chosen):
-            rows.append(
-                {"suffix": shortest, "tokens": len(chosen), **dict(zip("abc", chosen.mean(0).tolist(), strict=True))}
-            )
-    return rows
+            logs[alone].append(scores.lm.log())
+            logs[mixed].append(scores.log_probabilities(fitted["all"]))
+        evidence.append(scores.evidence["ngram_class"])  # Of either model: the stores have the same text.
+    given = {name: torch.cat(each) for name, each in logs.items()}
+    return by_suffix({"ngram_class": torch.cat(evidence)}, given)
 
 
 if __name__ == "__main__":

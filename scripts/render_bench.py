@@ -8,14 +8,11 @@ from typing import Any
 from bench.harness import Measured
 from bench.ratios import ratios
 from recording import provenance
+from render_model import columns
 
 MIXED = {"mixing": "a small model trained here", "mixing_smollm2": "SmolLM2-135M"}
-"""The records of what mixtures cost, and the models that they are of."""
-
-
-def columns(*values: object) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(map(str, values))} |"
+SCORED = {"evaluation": "the quickstart's model", "evaluation_smollm2": "SmolLM2-135M"}
+"""Records of one bench with different models, and what these are called."""
 
 
 def measured(of: list[float], digits: str = ".2f", factor: float = 1) -> str:
@@ -178,17 +175,19 @@ Of their distances {peers["same_distances"]:.2%} are ours, to a thousandth.
 """
 
 
-def evaluation(record: dict[str, Any]) -> str:
+def evaluation(record: dict[str, Any], model: str) -> str:
     """Scoring by the model alone, beside lm-evaluation-harness."""
     result = record["result"]
     rows = "\n".join(
         columns(name, measured(list(Measured.of(rates)), ",.0f")) for name, rates in result["tokens_per_second"].items()
     )
-    return f"""## Scoring by the model alone, beside lm-evaluation-harness
+    rounded = result.get("largest_difference_as_it_comes")
+    as_it_comes = f" from the peer's in float64, and by {rounded:.1e} from what it gives as it comes" if rounded else ""
+    return f"""## Scoring by the model alone, beside lm-evaluation-harness: {model}
 
 {record["documents"]} documents of {result["tokens"]:,} tokens, each alone, in windows of {record["context"]:,} that \
 do not overlap; one thread, processor time, {record["rounds"]} rounds in turns. Sums differ by at most \
-{result["largest_difference_a_token"]:.1e} nats a token.
+{result["largest_difference_a_token"]:.1e} nats a token{as_it_comes}.
 
 {provenance(record)}
 
@@ -366,7 +365,7 @@ than the processor has, so that sums come in another order: {"; ".join(told)}. {
 
 SECTIONS = {
     **{name: partial(mixing, model=model) for name, model in MIXED.items()},
-    "evaluation": evaluation,
+    **{name: partial(evaluation, model=model) for name, model in SCORED.items()},
     "suite_repeated": suite_repeated,
     "bm25": bm25,
     "opening": opening,

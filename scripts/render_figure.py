@@ -18,7 +18,8 @@ TITLES = {
     "ngram": "∞-gram",
     "mixing": "Mixtures, a model trained here",
     "mixing_smollm2": "Mixtures, SmolLM2-135M",
-    "evaluation": "Evaluation",
+    "evaluation": "Evaluation, small model",
+    "evaluation_smollm2": "Evaluation, SmolLM2-135M",
 }
 """Records in the figure's order."""
 WIDTH, LEFT, RIGHT, ROW, TOP = 920, 420, 80, 18, 64

@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from recording import provenance
+from where_loss_lies import merged, table
 
 
 def equal_text(record: dict[str, Any]) -> str:
@@ -32,7 +33,7 @@ def equal_text(record: dict[str, Any]) -> str:
     tokens = next(iter(result["domains"].values()))["tokens"]
     equal = result.get("store_keys", result["store_tokens"]) == result["store_tokens"]
     title = "Neighbours, blocks and ∞-grams at equal text" if equal else "A large ∞-gram beside fewer neighbours"
-    rest = "\n\n".join(part for part in (_ways(result["ways_to_read_blocks"]), _leakage(result)) if part)
+    rest = [_loss(result), _ways(result["ways_to_read_blocks"]), _leakage(result)]
     return f"""## {title}: {record["model"]["name"]}
 
 One store of {result["store_tokens"]:,} tokens of {result["owners"]} owners, of all restricted domains alike, \
@@ -51,8 +52,22 @@ Permissive text beside the same store, which holds nothing of it:
 {head}
 {permissive}
 
-{rest}
+{(chr(10) * 2).join(part for part in rest if part)}
 """
+
+
+def _loss(result: dict[str, Any]) -> str:
+    """Where the loss lies on restricted text, where that was measured."""
+    domains = [result["domains"][name] for name in result["restricted"]]
+    if not all("loss" in of for of in domains):
+        return ""
+    rows = merged([of["loss"] for of in domains])
+    names = list(domains[0]["tuned"])
+    titles = {"lm": "the model", **{name: f"+ {name.replace('+', ', ')}" for name in names}, "gate": "the gate"}
+    return f"""Where the loss lies on restricted text: tokens by the longest suffix of their context that the store \
+knows, and mean nats a token.
+
+{table(rows, titles)}"""
 
 
 def _keys(result: dict[str, Any]) -> str:

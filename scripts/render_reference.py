@@ -8,6 +8,7 @@ from typing import Any
 
 from recording import provenance
 from render_model import columns, curves
+from where_loss_lies import table
 
 TITLES = {"permissive": "permissive", "everything": "everything"}
 
@@ -45,7 +46,7 @@ Permissive text beside the same store:
 Where the loss of (c) lies on restricted text: tokens by the longest suffix of their context that the store knows, and \
 mean nats a token.
 
-{_remaining(result["remaining"])}
+{table(result["remaining"], {name: f"({name})" for name in "abdc" if name in result["remaining"][0]})}
 
 Loss in training, nats a token of all nine domains' validation text, which count alike:
 
@@ -89,22 +90,6 @@ def _gap(row: dict[str, Any]) -> str:
         return f"a share that cannot be told ({row['why']})"
     means = (f"{100 * row[name][0]:.0f} % by {name} mean" for name in ("arithmetic", "geometric"))
     return f"{' and '.join(means)} of the perplexities"
-
-
-def _remaining(rows: list[dict[str, Any]]) -> str:
-    total = sum(row["tokens"] for row in rows)
-    loss = sum(row["tokens"] * row["c"] for row in rows)
-    head = columns("suffix, tokens", "share of tokens", "(a)", "(b)", "(c)", "share of the loss of (c)")
-    lines = [
-        columns(
-            f"from {row['suffix']}" if row["suffix"] else "none",
-            f"{100 * row['tokens'] / total:.1f} %",
-            *(f"{row[name]:.2f}" for name in "abc"),
-            f"{100 * row['tokens'] * row['c'] / loss:.1f} %",
-        )
-        for row in rows
-    ]
-    return "\n".join([head, "|:---|" + "---:|" * 5, *lines])
 
 
 SECTIONS = {"reference": reference}

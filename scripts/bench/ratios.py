@@ -51,7 +51,7 @@ class Ratio(NamedTuple):
 
 def subject_of(record: Record) -> str:
     """The subject that a record is of, by its command: ``python scripts/bench store …`` or, as it once was,
-    ``python scripts/bench store …``."""
+    ``python scripts/bench_store.py …``."""
     _, script, *words = shlex.split(record["command"])
     stem = Path(script).stem
     return words[0] if stem == "bench" and words else stem.removeprefix("bench_")

@@ -91,7 +91,9 @@ def test_the_bench_of_evaluation_is_read(bench):
     (found,) = bench("ratios").ratios(record)
     assert found.measured == (3, 2, 4)
     record["result"] |= {"tokens": 9, "times_the_best_peer": 3.0, "largest_difference_a_token": 1e-7}
-    told = importlib.import_module("render_bench").evaluation(MADE | record | {"documents": 1, "context": 64})
+    told = importlib.import_module("render_bench").evaluation(
+        MADE | record | {"documents": 1, "context": 64}, "any model"
+    )
     assert "| a | 2 (1 to 3) |" in told
 
 
@@ -129,6 +131,8 @@ def test_sums_of_a_text_are_judged_by_the_token(bench, wrong):
     assert seen == [pytest.approx(5e-6)]
     assert "differ by 2.0e-05 a token in text 1" in judge({**sums, wrong: [-50.0, -700.02]})
     assert judge({**sums, wrong: [float("nan"), -700.0]})
+    module = bench("evaluation")
+    assert module.agreed([1000], seen, module.ROUNDED)({"silo": [-700.0], wrong + "'s": [-700.05]}) == ""
 
 
 def test_training_steps_beside_the_bare_one_and_accelerates(bench, corpus, monkeypatch):
