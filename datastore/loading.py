@@ -49,7 +49,7 @@ def load(
         purpose: ``"commercial"`` or ``"research"``: only documents whose licence permits it.
         in_context: how blocks are looked up and read.
         nearest: how neighbours are looked up, and which searches are spared (:class:`silo.nearest.Nearest`); as they
-            were when the gate learnt, if absent. With others there is a warning.
+            were when the weights were made, if absent. With others there is a warning.
 
     Raises:
         UsageError: what is asked for does not fit together.
@@ -86,8 +86,8 @@ def _lookup(nearest: Nearest | None, weighing: Weighing) -> Nearest | None:
     learnt = weighing.nearest if "knn" in weighing.methods else None
     if nearest is not None and learnt is not None and nearest != learnt:
         warnings.warn(
-            f"the gate was learnt with {learnt}, and neighbours are looked up with {nearest}; its weights may be far "
-            "off: teach one with `eval.rehearsal.rehearse(…, nearest=…)`",
+            f"the weights were made with {learnt}, and neighbours are looked up with {nearest}; they may be far off: "
+            "make others with these, as `silo eval perplexity` and `silo eval gate` do with --neighbours and --probes",
             stacklevel=3,
         )
     return nearest or learnt

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datastore.generate_cli import policy_options
-from eval.options import file_of_weights, parse_methods, require_options
+from eval.options import file_of_weights, nearest_options, parse_methods, require_options
 from eval.study_cli import study
 from eval.suite_cli import compare, suite
 from eval.zero_shot_cli import zero_shot
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from silo.gate import Gate
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
+    from silo.nearest import Nearest
     from silo.weights import Weights
 
 MODEL_ALONE = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
@@ -62,6 +63,7 @@ def render(value: dict[str, Any]) -> None:
     type=click.IntRange(min=1),
     help="Score a sample of so many tokens, one passage a document.",
 )
+@nearest_options
 @policy_options
 @reports(render)
 def perplexity(
@@ -73,6 +75,7 @@ def perplexity(
     weights: Path | None,
     save_weights: Path | None,
     max_tokens: int | None,
+    nearest: Nearest | None,
     policy: QueryPolicy,
 ) -> dict[str, Any]:
     """Perplexity of the model alone, with each method, and with all.
@@ -94,11 +97,10 @@ def perplexity(
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
     lm = LanguageModel.load(model)
-    mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy)
-    if fit_on:
-        fitted, source = fit_weights(mixture, fitted_documents, methods, max_tokens)
-    else:
-        fitted, source = read_weights(weights, store, methods, lm)
+    given = None if fit_on else read_weights(weights, store, methods, lm)
+    nearest = measure.looked_up_by(given[0].values(), nearest, where=str(weights)) if given else nearest
+    mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy, nearest)
+    fitted, source = given or fit_weights(mixture, fitted_documents, methods, max_tokens)
     texts = measure.sample(documents, mixture, max_tokens)
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
@@ -148,7 +150,12 @@ def read_weights(
 
 
 def open_mixture(
-    lm: LanguageModel, store: Path | None, methods: list[str], asked: Sequence[Document], policy: QueryPolicy
+    lm: LanguageModel,
+    store: Path | None,
+    methods: list[str],
+    asked: Sequence[Document],
+    policy: QueryPolicy,
+    nearest: Nearest | None,
 ) -> tuple[Mixture, dict[str, Any]]:
     """The mixture of some methods over a store, and what of the store it uses.
 
@@ -164,8 +171,9 @@ def open_mixture(
     present = sorted(row.id for rows in opened.rows().values() for row in rows if row.content_hash in hashes)
     used = policy.without(present)
     chosen = used.selections(opened)
-    mixture = opened.mixture(lm, methods, allow=chosen["allow"], deny=chosen["deny"])
-    return mixture, {"store": opened.hash, "policy": policy.to_json(), "left_out_of_store": present}
+    mixture = opened.mixture(lm, methods, allow=chosen["allow"], deny=chosen["deny"], nearest=nearest)
+    described = {"store": opened.hash, "policy": policy.to_json(), "left_out_of_store": present}
+    return mixture, {**described, "nearest": mixture.nearest.to_json()}
 
 
 def render_gate(value: dict[str, Any]) -> None:
@@ -186,6 +194,7 @@ def render_gate(value: dict[str, Any]) -> None:
 @click.option("--store-tokens", default=400_000, show_default=True, help="Tokens of the rehearsal's store.")
 @click.option("--bare-tokens", default=0, show_default=True, help="The same, without keys, beside them.")
 @click.option("--asked-tokens", default=60_000, show_default=True, help="Tokens to learn from, and to judge by.")
+@nearest_options
 @reports(render_gate)
 def gate(
     files: tuple[Path, ...],
@@ -196,6 +205,7 @@ def gate(
     store_tokens: int,
     bare_tokens: int,
     asked_tokens: int,
+    nearest: Nearest | None,
 ) -> dict[str, Any]:
     """Learn, from permissive FILES, how far to trust a store at each token.
 
@@ -227,6 +237,7 @@ def gate(
             store_tokens=store_tokens,
             asked_tokens=asked_tokens,
             bare_tokens=bare_tokens,
+            nearest=nearest,
             progress=progress,
         )
     if out is None:

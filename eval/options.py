@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +21,22 @@ def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) ->
     if unknown or methods[0] != "lm" or len(set(methods)) != len(methods):
         raise click.BadParameter(f"{value!r}; expected lm, or lm and some of knn, ric and ngram, such as lm,knn")
     return methods
+
+
+def nearest_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command options that say how neighbours are looked up; it gets ``nearest``, None if nothing is said."""
+    count = click.IntRange(min=1)
+
+    @click.option("--neighbours", "k", type=count, help="Of each token.  [default: 256, or as given weights say]")
+    @click.option("--probes", type=count, help="Inverted lists read for each.  [default: 4, or as given weights say]")
+    @functools.wraps(function)
+    def command(*args: Any, k: int | None, probes: int | None, **kwargs: Any) -> Any:
+        from silo.nearest import USUAL, Nearest
+
+        asked = Nearest(k=k or USUAL.k, probes=probes or USUAL.probes) if k or probes else None
+        return function(*args, nearest=asked, **kwargs)
+
+    return command
 
 
 def require_options(methods: list[str], store: Path | None, fit_on: Path | None, weights: Path | None) -> None:

@@ -22,7 +22,7 @@ from silo.gate import Gate, Lessons
 from silo.language_model import LanguageModel
 from silo.mixing import fit_weights, interpolate, neighbour_weights, perplexity
 from silo.mixture import Mixture
-from silo.nearest import USUAL
+from silo.nearest import USUAL, Nearest
 from silo.readings import Evidence, Temperature
 from silo.weights import Weighing, Weights
 
@@ -60,6 +60,8 @@ class Scores:
     """What was known before the token was."""
     lengths: list[int]
     """Tokens of each text."""
+    nearest: Nearest = USUAL
+    """How the neighbours were looked up."""
 
     def __len__(self) -> int:
         return len(self.given["lm"])
@@ -77,7 +79,7 @@ class Scores:
     def rows(self, which: torch.Tensor, lengths: list[int]) -> Scores:
         """Some of the tokens, by a mask or by their numbers, which are texts of these lengths."""
         chosen = self.lessons.rows(which)
-        return Scores(dict(chosen.given), chosen.distances, chosen.hits, chosen.evidence, lengths)
+        return Scores(dict(chosen.given), chosen.distances, chosen.hits, chosen.evidence, lengths, self.nearest)
 
     def knn(self, temperature: Temperature) -> torch.Tensor:
         """(n,) float64 probabilities by the neighbours; the model's where there are none."""
@@ -91,7 +93,9 @@ class Scores:
         return {name: self.knn(temperature) if name == "knn" else self.given[name] for name in methods}
 
     def log_probabilities(self, weighing: Weighing) -> torch.Tensor:
-        """log p of each token under a mixture, (n,) float64."""
+        """log p of each token under a mixture, (n,) float64. Raises :class:`UsageError` if that was made for neighbours
+        that are looked up in another way."""
+        require_nearest(weighing, self.nearest)
         parts = self.parts(weighing.methods, weighing.temperatures(self.evidence))
         return interpolate(parts, weighing.weigh(self.evidence)).clamp_min(1e-300).log()
 
@@ -139,7 +143,39 @@ def score(mixture: Mixture, texts: Sequence[Text], *, progress: Progress | None 
         torch.cat(hits) if hits else None,
         {name: torch.cat(values) for name, values in evidence.items()},
         [len(text.tokens) for text in texts],
+        mixture.nearest,
     )
+
+
+def require_nearest(weighing: Weighing, nearest: Nearest, *, where: str = "the weights") -> None:
+    """Raise :class:`UsageError` if something was made for neighbours that are looked up in another way: of others the
+    same evidence says something else."""
+    if "knn" in weighing.methods and weighing.nearest not in (None, nearest):
+        raise UsageError(
+            f"{where} were made with {weighing.nearest}, and neighbours are looked up with {nearest}; look them up as "
+            "then, or make weights for these"
+        )
+
+
+def looked_up_by(weighings: Iterable[Weighing], asked: Nearest | None, *, where: str) -> Nearest | None:
+    """How neighbours are to be looked up for weights that were given: as they were when these were made.
+
+    Args:
+        weighings: of several mixtures.
+        asked: how they shall be looked up, if that was said.
+        where: whose weights they are, for messages.
+
+    Returns:
+        None if nobody says.
+
+    Raises:
+        UsageError: it is not the same for all.
+    """
+    for weighing in weighings:
+        if "knn" in weighing.methods and weighing.nearest is not None:
+            asked = asked or weighing.nearest
+            require_nearest(weighing, asked, where=where)
+    return asked
 
 
 def fit(scores: Scores, methods: Sequence[str]) -> Weights:
@@ -155,7 +191,7 @@ def fit(scores: Scores, methods: Sequence[str]) -> Weights:
         parts = scores.parts(methods, temperature)
         by_method = dict(zip(methods, fit_weights(list(parts.values())), strict=True))
         by_suffix = _fit_by_suffix(scores.evidence["ngram_class"], parts) if "ngram" in methods else None
-        weights = Weights(by_method, temperature, by_suffix)
+        weights = Weights(by_method, temperature, by_suffix, scores.nearest if "knn" in methods else None)
         value = interpolate(parts, weights.weigh(scores.evidence)).clamp_min(1e-300).log().sum().item()
         if best is None or value > best[0]:
             best = value, weights
@@ -229,8 +265,6 @@ def weighings_from_json(
     made_for = value.get("provenance", {}).get("model")
     if made_for != model.fingerprint:
         raise UsageError(f"{where} was made for the model {made_for}, not {model.fingerprint}; make one for this model")
-    if gate.nearest != USUAL:
-        raise UsageError(f"{where} was learnt with {gate.nearest}, and evaluations look up with {USUAL}; use silo.load")
     if not set(gate.methods) <= set(methods):
         raise UsageError(f"{where} weighs {', '.join(gate.methods)}; give --use {','.join(gate.methods)}")
     return {"lm": Weights({"lm": 1.0}), "gate": gate}

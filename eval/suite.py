@@ -6,7 +6,7 @@
     fit_tokens: 10000                 # of each domain's validation text
     protocol: {kind: stream, context: 1024, stride: 512}    # SILO's; if absent, each document as a store reads it
     models:
-      permissive: {path: model, store: store, use: [lm, knn, ngram]}
+      permissive: {path: model, store: store, use: [lm, knn, ngram], nearest: {k: 1024, probes: 16}}
       everything: {path: reference}
     reference: everything             # the model that the gap is measured to
     domains:
@@ -34,6 +34,7 @@ from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json, sha256
 from silo.hub import hub_documents, load_recipe
+from silo.nearest import Nearest
 from silo.sources import open_source
 from silo.weights import METHODS
 
@@ -134,6 +135,8 @@ class Entry:
     use: list = field(default_factory=lambda: ["lm"])
     weights: Path | None = None
     """A gate, fitted weights, or ``gate``, the store's own; if absent, fitted on each domain's validation text."""
+    nearest: dict | None = None
+    """How neighbours are looked up, such as ``{k: 1024, probes: 16}``; if absent, as when the weights were made."""
 
     def __post_init__(self) -> None:
         if (
@@ -147,6 +150,16 @@ class Entry:
             raise UsageError(
                 f"use is {self.use} and the store is {self.store}; methods beside lm need one, and it them"
             )
+        if self.nearest is not None and self.lookup is None:
+            raise UsageError(f"nearest is {self.nearest}; expected some of k, probes and metric, such as {{k: 1024}}")
+
+    @property
+    def lookup(self) -> Nearest | None:
+        """What :attr:`nearest` says; None if that is nothing, or makes no sense."""
+        try:
+            return None if self.nearest is None else Nearest.from_json(self.nearest)
+        except (TypeError, UsageError):
+            return None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from silo.files import canonical_json, read_json, read_sealed, sealed, sha256, s
 from silo.gate import Gate
 from silo.language_model import LanguageModel
 from silo.mixture import Mixture
+from silo.nearest import Nearest
 from silo.weights import METHODS, Weights
 
 FORMAT = 1
@@ -52,7 +53,9 @@ class Contestant:
         if protocol is not None:
             protocol.require_context(model.key_spec.context)
         store = Store.open(base / entry.store) if entry.store is not None else None
-        mixture = store.mixture(model, entry.use) if store is not None else Mixture(model)
+        mixture = Mixture(model)
+        if store is not None:
+            mixture = store.mixture(model, entry.use, nearest=lookup(entry, store, model, base))
         if protocol is not None:
             mixture.model = model.reading_by(protocol.cut)
         return cls(name, entry, mixture, store, protocol)
@@ -63,6 +66,7 @@ class Contestant:
             "model": self.mixture.model.fingerprint,
             "store": self.store.hash if self.store is not None else None,
             "use": list(self.entry.use),
+            "nearest": self.mixture.nearest.to_json() if self.store is not None else None,
         }
 
     def windows(self) -> dict[str, Any]:
@@ -78,6 +82,23 @@ class Contestant:
             return measure.score(self.mixture, texts, progress=progress)
         stream = Text(texts[0].document, np.concatenate([text.tokens for text in texts]))
         return measure.score(self.mixture, [stream], progress=progress)
+
+
+def named_weights(entry: Entry, store: Store, base: Path) -> Path | None:
+    """The file of weights that a suite names; None if they are to be fitted."""
+    if entry.weights is None:
+        return None
+    return store.gate_path() if str(entry.weights) == OWN_GATE else base / entry.weights
+
+
+def lookup(entry: Entry, store: Store, model: LanguageModel, base: Path) -> Nearest | None:
+    """How neighbours are looked up: as the suite says, or as they were when its weights were made. Raises
+    :class:`UsageError` if both say something, and not the same."""
+    path = named_weights(entry, store, base)
+    if path is None:
+        return entry.lookup
+    weighings = measure.weighings_from_json(read_json(path), entry.use, model, where=str(path))
+    return measure.looked_up_by(weighings.values(), entry.lookup, where=str(path))
 
 
 @dataclass(frozen=True)
@@ -204,14 +225,12 @@ def weights_file(contestant: Contestant, domain: Texts, out: Path, base: Path) -
     """The file of weights for one cell: the one that the suite names, or one fitted on validation text; None without
     a store."""
     entry = contestant.entry
-    if len(entry.use) == 1:
+    if contestant.store is None:
         return None
-    if entry.weights is not None:
-        path = base / entry.weights
-        if contestant.store is not None and str(entry.weights) == OWN_GATE:
-            path = contestant.store.gate_path()
-        require_unfitted(read_json(path), domain, contestant, path)
-        return path
+    named = named_weights(entry, contestant.store, base)
+    if named is not None:
+        require_unfitted(read_json(named), domain, contestant, named)
+        return named
     texts = measure.sample(domain.validation, contestant.mixture, domain.fit_tokens)
     fitted_on = {**contestant.described(), "windows": contestant.windows(), "fitted_on": measure.data_hash(texts)}
     path = out / "weights" / f"{sha256(canonical_json(fitted_on))[:24]}.json"

@@ -44,7 +44,7 @@ from where_loss_lies import by_suffix
 from datastore.control import ControlPlane, provenance
 from datastore.store import Store
 from eval.leakage import leakage
-from eval.options import parse_methods
+from eval.options import nearest_options, parse_methods
 from eval.perplexity import Scores, Text, described, fit, sample, score
 from eval.rehearsal import rehearse, taken
 from silo.documents import Document
@@ -54,6 +54,7 @@ from silo.in_context import InContext
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 from silo.mixture import Mixture
+from silo.nearest import USUAL, Nearest
 from silo.weights import METHODS, Weights
 
 CHARACTERS = 24_000
@@ -87,10 +88,11 @@ def say(text: str) -> None:
 @click.option("--ways-tokens", default=2_000, show_default=True, help="The same, for other ways to read blocks.")
 @click.option("--use", default=",".join(METHODS), show_default=True, callback=parse_methods, help="Methods.")
 @click.option("--control-tokens", default=60_000, show_default=True)
+@nearest_options
 def main(
     files: tuple[Path, ...], model: Path, name: str, keep: Path | None, store_tokens: int, bare_tokens: int,
     rehearsal_tokens: int, rehearsal_bare_tokens: int, asked_tokens: int, tokens: int, ways_tokens: int,
-    use: list[str], control_tokens: int,
+    use: list[str], control_tokens: int, nearest: Nearest | None,
 ) -> None:  # fmt: skip
     """Measure, and print one JSON document."""
     lm = LanguageModel.load(model)
@@ -100,12 +102,14 @@ def main(
         root.mkdir(parents=True, exist_ok=True)
         sizes = [rehearsal_tokens, rehearsal_bare_tokens, asked_tokens]
         others = [store_tokens, bare_tokens, tokens, ways_tokens, control_tokens]
+        way = nearest or USUAL
         of = {"model": lm.fingerprint, "data": files_hash(files), "sizes": [*sizes, *others], "use": use}
+        of["nearest"] = way.to_json()
         require_same_run(root, of)
         store = build(root / "store", lm, model, permissive, restricted, (store_tokens, bare_tokens), control_tokens)
-        gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, use, *sizes)
+        gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, use, way, *sizes)
         say(f"gate: {taught['nats_gained']}")
-        mixture = store.mixture(lm, use)
+        mixture = store.mixture(lm, use, nearest=way)
         domains = {**restricted, **permissive}
         scores = {each: kept(root / f"{each} read", scored, mixture, of, tokens) for each, of in domains.items()}
         for_all = fitted(joined([scores[each]["val"] for each in restricted]), use)
@@ -127,6 +131,7 @@ def main(
             "store_tokens": store.describe()["tokens"],
             "store_keys": store.describe()["keys"],
             "owners": len(store.manifest.shards),
+            "nearest": way.to_json(),
             "restricted": list(restricted),
             "permissive": list(permissive),
             "gate": {key: value for key, value in taught.items() if key != "teachers"},
@@ -192,6 +197,7 @@ def taught_gate(
     store: Store,
     permissive: Splits,
     use: list[str],
+    nearest: Nearest,
     store_tokens: int,
     bare_tokens: int,
     asked_tokens: int,
@@ -200,7 +206,7 @@ def taught_gate(
     teachers = [document for domain in permissive.values() for document in domain["train"]]
     return rehearse(
         lm, store, teachers, use, policy=DEFAULT_POLICY, trained_on=set(),
-        store_tokens=store_tokens, bare_tokens=bare_tokens, asked_tokens=asked_tokens,
+        store_tokens=store_tokens, bare_tokens=bare_tokens, asked_tokens=asked_tokens, nearest=nearest,
     )  # fmt: skip
 
 
@@ -225,6 +231,7 @@ def joined(scores: Sequence[Scores]) -> Scores:
         torch.cat([each.hits for each in scores if each.hits is not None]),
         {name: torch.cat([each.evidence[name] for each in scores]) for name in first.evidence},
         [length for each in scores for length in each.lengths],
+        first.nearest,
     )
 
 

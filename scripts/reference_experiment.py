@@ -35,6 +35,7 @@ from where_loss_lies import by_suffix
 
 from datastore.control import ControlPlane, provenance, read_trained_on
 from datastore.store import Store
+from eval.options import nearest_options
 from eval.perplexity import sample, weighings_from_json
 from eval.rehearsal import rehearse, taken
 from eval.suite import Suite, load_suite, read_domains
@@ -46,6 +47,7 @@ from silo.documents import Document
 from silo.files import read_json, remove_tree, sha256
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY, load_policy
+from silo.nearest import USUAL, Nearest
 from training.loop import train as train_model
 from training.recipe import Recipe
 
@@ -133,19 +135,22 @@ def prepared(files: Sequence[Path], out: Path) -> tuple[dict[str, Path], dict[st
 @click.option("--tokens", default=20_000, show_default=True, help="Of each domain, to report.")
 @click.option("--fit-tokens", default=10_000, show_default=True, help="Of each domain, to fit on.")
 @click.option("--rehearsal-tokens", default=400_000, show_default=True, help="Of the store that teaches the gate.")
+@nearest_options
 def measure(
-    files: tuple[Path, ...], out: Path, store_tokens: int, tokens: int, fit_tokens: int, rehearsal_tokens: int
-) -> None:
+    files: tuple[Path, ...], out: Path, store_tokens: int, tokens: int, fit_tokens: int, rehearsal_tokens: int,
+    nearest: Nearest | None,
+) -> None:  # fmt: skip
     """Build both stores, score all domains, and print one JSON document."""
-    sizes = {"store_tokens": store_tokens, "rehearsal_tokens": rehearsal_tokens}
+    nearest = nearest or USUAL
+    sizes = {"store_tokens": store_tokens, "rehearsal_tokens": rehearsal_tokens, "nearest": nearest.to_json()}
     require_same_run(out / "runs", {"data": files_hash(files), **sizes})  # the suite's cells know what they are of
     domains = {file.name.partition(".")[0]: file for file in files}
     permissive = [name for name, file in domains.items() if is_permissive(file)]
     for side in SIDES:
         build_store(out, side, domains, permissive, store_tokens)
-    teach_gate(out, [domains[name] for name in permissive], rehearsal_tokens)
+    teach_gate(out, [domains[name] for name in permissive], rehearsal_tokens, nearest)
     plan = out / "suite.yaml"
-    plan.write_text(yaml.safe_dump(suite_of(out, domains, permissive, tokens, fit_tokens)))
+    plan.write_text(yaml.safe_dump(suite_of(domains, permissive, tokens, fit_tokens, nearest)))
     suite = load_suite(plan)
     cells = run(suite, out / "measured", out, lambda done, total: say("measure")(f"{done} of {total}"))
     found = result(suite, cells)
@@ -160,6 +165,7 @@ def measure(
                 "owners": len(store.manifest.shards),
             },
             "permissive": permissive,
+            "nearest": nearest.to_json(),
             "rows": found["rows"],
             "gap": found["gap"],
             "ratios": ratios(found["rows"], permissive),
@@ -192,7 +198,7 @@ def build_store(out: Path, side: str, domains: dict[str, Path], permissive: list
     say(side)("store built")
 
 
-def teach_gate(out: Path, files: Sequence[Path], tokens: int) -> None:
+def teach_gate(out: Path, files: Sequence[Path], tokens: int, nearest: Nearest) -> None:
     """The gate of (c)'s store, from permissive validation text of a rehearsal's size."""
     model = out / "runs" / "permissive" / "model"
     store = Store.open(model.with_name("store"))
@@ -200,7 +206,7 @@ def teach_gate(out: Path, files: Sequence[Path], tokens: int) -> None:
         teachers = [document for file in files for document in of_split(file, "val")]
         gate, source = rehearse(
             LanguageModel.load(model), store, teachers, METHODS, policy=DEFAULT_POLICY,
-            trained_on=read_trained_on(model), store_tokens=tokens, asked_tokens=tokens // 7,
+            trained_on=read_trained_on(model), store_tokens=tokens, asked_tokens=tokens // 7, nearest=nearest,
         )  # fmt: skip
         store.keep_gate(gate, source)
 
@@ -222,10 +228,11 @@ def restricted_text(out: Path, files: dict[str, Path]) -> dict[str, list[Documen
 
 
 def suite_of(
-    out: Path, domains: dict[str, Path], permissive: list[str], tokens: int, fit_tokens: int
+    domains: dict[str, Path], permissive: list[str], tokens: int, fit_tokens: int, nearest: Nearest
 ) -> dict[str, Any]:
     """Both models with their stores on all domains, weighed per domain; and the first by its gate."""
-    entries = {side: {"path": f"runs/{side}/model", "store": f"runs/{side}/store", "use": METHODS} for side in SIDES}
+    common = {"use": METHODS, "nearest": nearest.to_json()}
+    entries = {side: {"path": f"runs/{side}/model", "store": f"runs/{side}/store", **common} for side in SIDES}
     gated = {**entries["permissive"], "weights": "gate"}
     return {
         "name": "reference",

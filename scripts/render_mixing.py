@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from recording import provenance
+from render_reference import neighbours
 from where_loss_lies import merged, table
 
 
@@ -37,9 +38,10 @@ def equal_text(record: dict[str, Any]) -> str:
     return f"""## {title}: {record["model"]["name"]}
 
 One store of {result["store_tokens"]:,} tokens of {result["owners"]} owners, of all restricted domains alike, \
-{_keys(result)}; {tokens:,} test tokens of each domain. Columns "+ …" have λ (with the ∞-gram for each class \
-of suffix) and τ tuned on the domain's own validation text; "one for all" those of all domains' validation text \
-together; the gate was taught by {gate["asked_tokens"]:,} tokens of permissive text beside a rehearsal's store of \
+{_keys(result)}; {tokens:,} test tokens of each domain, {neighbours(result)}. Columns "+ …" have λ (with the ∞-gram \
+for each class of suffix) and τ tuned on the domain's own validation text; "one for all" those of all domains' \
+validation text together; the gate was taught by {gate["asked_tokens"]:,} tokens of permissive text beside a \
+rehearsal's store of \
 {gate["store_tokens"]:,}, and knows nothing of domains. Its last column compares it with the best of the tuned.
 
 {provenance(record)}

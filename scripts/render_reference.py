@@ -10,6 +10,8 @@ from recording import provenance
 from render_model import columns, curves
 from where_loss_lies import table
 
+from silo.nearest import USUAL
+
 TITLES = {"permissive": "permissive", "everything": "everything"}
 
 
@@ -27,8 +29,8 @@ Two models of one shape ({one["parameters"]:,} parameters, top-2 of 8 experts), 
 weights and {one["tokens"]:,} tokens in {one["steps"]:,} steps each: one taught by the permissive domains only, the \
 other by all nine. Each then has a store of the same {result["store"]["tokens"]:,} tokens of restricted text, of \
 {result["store"]["owners"]} owners, of the corpus that the second one's training text was drawn from. Test perplexity, \
-each document alone; neighbours and ∞-gram, λ and τ fitted on each domain's validation text; "gate" is learnt from \
-permissive text and the same for all. Goals: c / b at most 0.6, c / d at most 1.05.
+each document alone; {neighbours(result)} and ∞-gram, λ and τ fitted on each domain's validation text; "gate" is \
+learnt from permissive text and the same for all. Goals: c / b at most 0.6, c / d at most 1.05.
 
 {provenance(record)}
 - Before it: `python scripts/reference_experiment.py train permissive … --tokens {one["tokens"]}` and `… train \
@@ -52,6 +54,12 @@ Loss in training, nats a token of all nine domains' validation text, which count
 
 {curves({side: [run] for side, run in runs.items()}, TITLES, one["tokens"] // one["steps"])}
 """
+
+
+def neighbours(result: dict[str, Any]) -> str:
+    """Which neighbours a record is of."""
+    way = result.get("nearest", USUAL.to_json())
+    return f"{way['k']:,} neighbours of {way['probes']} lists"
 
 
 def _domains(rows: list[dict[str, Any]], domains: dict[str, Any]) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from silo.errors import UsageError
 from silo.files import read_json
+from silo.nearest import Nearest
 from silo.readings import Evidence, Temperature
-
-if TYPE_CHECKING:
-    from silo.nearest import Nearest
 
 METHODS = ("lm", "knn", "ric", "ngram")
 """What a mixture can consist of, in the order in which it is summed."""
@@ -57,6 +55,8 @@ class Weights:
     """τ of kNN-LM, in units of squared distance."""
     by_suffix: Mapping[int, Mapping[str, float]] | None = None
     """λ by the class of the ∞-gram's suffix (``ngram_class``), in place of :attr:`by_method` where it has the class."""
+    nearest: Nearest | None = None
+    """As :attr:`Weighing.nearest`; of weights that someone chose, None."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -67,10 +67,6 @@ class Weights:
     def history(self) -> int:
         """As :attr:`Weighing.history`."""
         return 0
-
-    @property
-    def nearest(self) -> None:
-        """As :attr:`Weighing.nearest`."""
 
     def weigh(self, evidence: Evidence) -> dict[str, float | torch.Tensor]:
         """As :meth:`Weighing.weigh`."""
@@ -96,6 +92,8 @@ class Weights:
         out: dict[str, Any] = {"weights": dict(self.by_method), "temperature": self.temperature}
         if self.by_suffix:
             out["by_suffix"] = {str(number): dict(weights) for number, weights in sorted(self.by_suffix.items())}
+        if self.nearest is not None:
+            out["nearest"] = self.nearest.to_json()
         return out
 
     @classmethod
@@ -108,8 +106,9 @@ class Weights:
             }
             by_method = {str(method): float(weight) for method, weight in value["weights"].items()}
             tau = float(value["temperature"]) if "knn" in by_method else 1.0
-            read = cls(by_method, tau, table or None)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            nearest = Nearest.from_json(value["nearest"]) if "nearest" in value else None
+            read = cls(by_method, tau, table or None, nearest)
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError):
             raise UsageError(
                 f'{where} holds no weights; expected {{"weights": {{"lm": …}}, "temperature": …}}; '
                 "make it with --fit and --save-weights"

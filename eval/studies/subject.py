@@ -94,7 +94,8 @@ class Subject:
 
     def mixture(self, store: Store | None = None, allow: Selection | None = None) -> Mixture:
         """The model beside a store, the subject's own if none is given, or beside what ``allow`` names of it."""
-        return (store or self.store).mixture(self.model, self.methods, allow=allow, deny=self.left_out)
+        nearest = measure.looked_up_by(self.given.values(), None, where="the weights")
+        return (store or self.store).mixture(self.model, self.methods, allow=allow, deny=self.left_out, nearest=nearest)
 
     def texts(self, documents: Sequence[Document], budget: int | None = None) -> list[Text]:
         """What is read of some documents, by default within the subject's budget."""

@@ -119,7 +119,7 @@ def test_neighbours_are_looked_up_as_the_gate_learnt(model, store):
             assert silo.load(model, store=store, weights=gate, nearest=given).mixture.nearest == few
         assert silo.load(model, store=store, weights=WEIGHTS, nearest=many).mixture.nearest == many
         assert silo.load(model, store=store, weights=WEIGHTS).mixture.nearest == Nearest()
-    with pytest.warns(UserWarning, match=r"learnt with Nearest\(k=5,.* looked up with Nearest\(k=50,"):
+    with pytest.warns(UserWarning, match=r"made with Nearest\(k=5,.* looked up with Nearest\(k=50,"):
         assert silo.load(model, store=store, weights=gate, nearest=many).mixture.nearest == many
 
 

@@ -18,6 +18,7 @@ from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json
 from silo.mixture import Mixture
+from silo.nearest import Nearest
 from silo.weights import METHODS, Weights
 
 
@@ -203,6 +204,35 @@ def test_weights_come_back_from_their_file(model_dir, store, val, test, tmp_path
     assert {name: fitted[name] for name in noted} == noted
     fewer = run_json("--model", model_dir, "--data", tmp_path / "test.jsonl", "--weights", saved)
     assert fewer["perplexity"] == {"lm": fitted["perplexity"]["lm"]}
+
+
+def test_neighbours_are_looked_up_as_asked_and_as_their_weights_say(model_dir, model, store, val, test, tmp_path):
+    """Weights of three neighbours are fitted and used with three; others are refused, in the command and below it."""
+    common = ["--model", model_dir, "--store", store.path, "--use", "lm,knn"]
+    common += ["--data", write(tmp_path / "test.jsonl", test)]
+    fit, saved = ["--fit", write(tmp_path / "val.jsonl", val)], tmp_path / "weights.json"
+    few = run_json(*common, *fit, "--neighbours", 3, "--probes", 2, "--save-weights", saved)
+    usual = run_json(*common, *fit)
+    assert (few["nearest"], usual["nearest"]) == (Nearest(k=3, probes=2).to_json(), Nearest().to_json())
+    assert few["perplexity"]["lm"] == usual["perplexity"]["lm"]
+    assert few["perplexity"]["lm+knn"] != usual["perplexity"]["lm+knn"]
+    assert run_json(*common, "--weights", saved) == few
+    assert_error(run(*common, "--weights", saved, "--neighbours", 4), 2, "weights.json were made with Nearest(k=3,")
+    weights = measure.weights_from_json(json.loads(saved.read_bytes()), ["lm", "knn"], where="w")["lm+knn"]
+    by_three, by_all = (
+        measure.score(store.mixture(model, ["lm", "knn"], nearest=each), measure.sample(test, Mixture(model), 99))
+        for each in (Nearest(k=3, probes=2), Nearest())
+    )
+    assert len(by_three.log_probabilities(weights)) == 99
+    with pytest.raises(UsageError, match="the weights were made with"):
+        by_all.log_probabilities(weights)
+
+
+def test_the_help_says_how_neighbours_are_looked_up():
+    """The defaults that the options state are those of the code."""
+    told = " ".join(run("--help").output.split())
+    assert f"Of each token. [default: {Nearest().k}," in told
+    assert f"Inverted lists read for each. [default: {Nearest().probes}," in told
 
 
 def test_a_stored_document_does_not_find_itself(model_dir, make_store, documents, test, val, tmp_path):

@@ -10,7 +10,7 @@ import silo
 import silo.gate
 from datastore.selection import Selection
 from datastore.store import Store
-from eval.perplexity import weighings_from_json
+from eval.perplexity import looked_up_by, weighings_from_json
 from eval.rehearsal import Cast, rehearse
 from silo.cli import main
 from silo.documents import Document
@@ -70,14 +70,16 @@ def test_a_gate_is_learnt_and_helps(model, store, permissive):
 
 
 def test_a_gate_learns_with_the_neighbours_that_are_asked_for(model, store, permissive):
-    """It says how they were looked up, and an evaluation, which looks up in the usual way, does not take another's."""
+    """It says how they were looked up, and who looks them up in another way cannot weigh by it."""
     few = Nearest(k=3)
     gate, source = rehearsed(model, store, permissive, nearest=few)
     usual, _ = rehearsed(model, store, permissive)
     assert (gate.nearest, usual.nearest) == (few, Nearest())
     assert gate.layers[0].tolist() != usual.layers[0].tolist()
-    with pytest.raises(UsageError, match=r"g was learnt with Nearest\(k=3, .*; use silo\.load"):
-        weighings_from_json({**gate.to_json(), "provenance": source}, METHODS, model, where="g")
+    read = weighings_from_json({**gate.to_json(), "provenance": source}, METHODS, model, where="g")
+    assert looked_up_by(read.values(), None, where="g") == looked_up_by(read.values(), few, where="g") == few
+    with pytest.raises(UsageError, match=r"g were made with Nearest\(k=3, "):
+        looked_up_by(read.values(), Nearest(), where="g")
 
 
 def test_every_document_plays_one_part(permissive):

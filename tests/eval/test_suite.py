@@ -84,6 +84,33 @@ def test_numbers_are_those_of_eval_perplexity(base, plan, write, tmp_path, model
     assert read_result(tmp_path / "out") == value
 
 
+def test_neighbours_are_looked_up_as_the_suite_says(base, plan, write, tmp_path):
+    """Numbers are those of `silo eval perplexity --neighbours`, in cells of their own; a file of weights says how it
+    wants them, and a suite that wants others is refused."""
+    plan["domains"]["own"]["tokens"] = plan["domains"]["own"]["fit_tokens"] = 300
+    usual = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    plan["models"]["mixed"]["nearest"] = {"k": 2}
+    few = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    files = ["--data", base / "test.jsonl", "--fit", base / "val.jsonl", "--save-weights", tmp_path / "w.json"]
+    common = ["--model", base / "model", "--store", base / "store", "--use", ",".join(USE), "--max-tokens", 300]
+    alone = invoke_json("perplexity", *common, *files, "--neighbours", 2)["perplexity"]
+    cells = [
+        {row["mixture"]: row["perplexity"][0] for row in value["rows"] if row["model"] == "mixed"}
+        for value in (usual, few)
+    ]
+    assert cells[1] == pytest.approx(alone, rel=1e-9)
+    assert cells[0]["lm+ngram"] == cells[1]["lm+ngram"]
+    assert cells[0]["lm+knn"] != cells[1]["lm+knn"]
+    plan["models"]["mixed"] |= {"weights": str(tmp_path / "w.json"), "nearest": None}
+    read = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    assert read["cells"][0]["nearest"] == {"k": 2, "probes": 4, "metric": "l2", "spare": None}
+    assert [row["perplexity"] for row in read["rows"]] == [row["perplexity"] for row in few["rows"]]
+    plan["models"]["mixed"]["nearest"] = {"k": 3}
+    refused = invoke("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "w.json were made with Nearest(k=2," in refused.stderr
+
+
 def test_a_whole_documents_bytes_are_those_of_its_text(base, plan, write, tmp_path):
     """Without a budget the bytes of a cell are the UTF-8 bytes of all its documents."""
     value = invoke_json("suite", write(plan), "models={alone: {path: model}}", "--base", base, "--out", tmp_path / "o")
@@ -257,6 +284,8 @@ def test_silo14_has_fourteen_domains_with_the_hubs_fields(tmp_path):
         ({"models": {"mixed": {"path": "model", "use": ["knn"]}}}, "use is"),
         ({"models": {"mixed": {"path": "model", "use": USE}}}, "need one"),
         ({"protocol": {"kind": "other"}}, "expected one of alone, stream"),
+        ({"models": {"mixed": {"path": "model", "nearest": {"k": 0}}}}, "nearest is {'k': 0}; expected some of k,"),
+        ({"models": {"mixed": {"path": "model", "nearest": {"K": 3}}}}, "nearest is {'K': 3}; expected some of k,"),
     ],
 )
 def test_impossible_suites_are_refused(plan, write, change, said):
