@@ -45,6 +45,7 @@ from silo.collect import collect
 from silo.corpus import Corpus
 from silo.documents import Document
 from silo.files import read_json, remove_tree, sha256
+from silo.gate import Gate
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY, load_policy
 from silo.nearest import USUAL, Nearest
@@ -142,7 +143,7 @@ def measure(
 ) -> None:  # fmt: skip
     """Build both stores, score all domains, and print one JSON document."""
     nearest = nearest or USUAL
-    sizes = {"store_tokens": store_tokens, "rehearsal_tokens": rehearsal_tokens, "nearest": nearest.to_json()}
+    sizes = {"store_tokens": store_tokens, "rehearsal_tokens": rehearsal_tokens}
     require_same_run(out / "runs", {"data": files_hash(files), **sizes})  # the suite's cells know what they are of
     domains = {file.name.partition(".")[0]: file for file in files}
     permissive = [name for name, file in domains.items() if is_permissive(file)]
@@ -202,7 +203,8 @@ def teach_gate(out: Path, files: Sequence[Path], tokens: int, nearest: Nearest) 
     """The gate of (c)'s store, from permissive validation text of a rehearsal's size."""
     model = out / "runs" / "permissive" / "model"
     store = Store.open(model.with_name("store"))
-    if not store.manifest.gate:
+    path = store.gate_path() if store.manifest.gate else None
+    if path is None or Gate.from_json(read_json(path), where=str(path)).nearest != nearest:
         teachers = [document for file in files for document in of_split(file, "val")]
         gate, source = rehearse(
             LanguageModel.load(model), store, teachers, METHODS, policy=DEFAULT_POLICY,
