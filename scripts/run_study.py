@@ -78,7 +78,7 @@ def main(
     permissive, restricted = split(files)
     with tempfile.TemporaryDirectory(prefix="silo-studies-") as directory:
         share = store_tokens // len(restricted)
-        store = build(Path(directory) / "store", lm, model, permissive, restricted, share, control_tokens)
+        store = build(Path(directory) / "store", lm, model, permissive, restricted, (share, 0), control_tokens)
         test, validation = (chosen(restricted, side, documents) for side in ("test", "val"))
         subject = Subject(lm, store, ["lm", "knn", "ngram"], test, validation, {}, tokens)
         if study == "opt-out":
