@@ -52,7 +52,7 @@ def main(files: tuple[Path, ...], model: Path, store_tokens: int, texts: int, ev
     lm = LanguageModel.load(model)
     permissive, restricted = split(files)
     with tempfile.TemporaryDirectory(prefix="silo-attribution-") as directory:
-        store = build(Path(directory) / "store", lm, model, permissive, restricted, store_tokens, 60_000)
+        store = build(Path(directory) / "store", lm, model, permissive, restricted, (store_tokens, 0), 60_000)
         mixture = store.mixture(lm, WEIGHTS.methods)
         asked = [text for domain in restricted.values() for text in sample(domain["test"], mixture, texts * 384)]
         pairs = list(predicted(mixture, asked, every))
