@@ -102,9 +102,8 @@ def main(
         root.mkdir(parents=True, exist_ok=True)
         sizes = [rehearsal_tokens, rehearsal_bare_tokens, asked_tokens]
         others = [store_tokens, bare_tokens, tokens, ways_tokens, control_tokens]
-        way = nearest or USUAL
-        of = {"model": lm.fingerprint, "data": files_hash(files), "sizes": [*sizes, *others], "use": use}
-        of["nearest"] = way.to_json()
+        way, data = nearest or USUAL, files_hash(files)
+        of = {"model": lm.fingerprint, "data": data, "sizes": [*sizes, *others], "use": use, "nearest": way.to_json()}
         require_same_run(root, of)
         store = build(root / "store", lm, model, permissive, restricted, (store_tokens, bare_tokens), control_tokens)
         gate, taught = kept(root / "gate", taught_gate, lm, store, permissive, use, way, *sizes)
@@ -145,7 +144,7 @@ def main(
 def kept(path: Path, make: Callable[..., T], *args: Any) -> T:
     """What was made in a run before, or is made now."""
     if path.exists():
-        return torch.load(path, weights_only=False)  # type: ignore[no-any-return]
+        return torch.load(path, weights_only=False)
     found = make(*args)
     partial = path.with_name(f"{path.name}.partial")
     torch.save(found, partial)

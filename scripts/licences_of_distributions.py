@@ -29,7 +29,7 @@ def main(sample: int | None, seed: int) -> None:
     rows = [row(name) for name in names]
     tiers = Counter(str(each["tier"]) for each in rows)
     unread = [each["name"] for each in rows if each["license"] == NO_LICENSE]
-    shown = sorted(random.Random(seed).sample(rows, sample), key=lambda each: each["name"]) if sample else rows
+    shown = sorted(random.Random(seed).sample(rows, sample), key=lambda each: str(each["name"])) if sample else rows
     report = {
         "machine": machine(),
         "command": command(),

@@ -280,7 +280,8 @@ def remaining(suite: Suite, out: Path) -> list[dict[str, Any]]:
         for contestant, alone, mixed in zip(contestants.values(), "ab", "cd", strict=True):
             scores = contestant.score(sample(domain.test, contestant.mixture, domain.tokens))
             weights = weights_file(contestant, domain, out / "measured", out)
-            fitted = weighings_from_json(read_json(weights), METHODS, contestant.mixture.model, where=str(weights))
+            value = read_json(weights) if weights is not None else None
+            fitted = weighings_from_json(value, METHODS, contestant.mixture.model, where=str(weights))
             logs[alone].append(scores.lm.log())
             logs[mixed].append(scores.log_probabilities(fitted["all"]))
         evidence.append(scores.evidence["ngram_class"])  # Of either model: the stores have the same text.

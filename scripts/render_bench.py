@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -363,7 +364,7 @@ than the processor has, so that sums come in another order: {"; ".join(told)}. {
 """
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: partial(mixing, model=model) for name, model in MIXED.items()},
     **{name: partial(evaluation, model=model) for name, model in SCORED.items()},
     "suite_repeated": suite_repeated,

@@ -6,6 +6,7 @@ python scripts/render_results.py
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ FIGURE = RECORDS / "ratios.svg"
 REPEATED = RECORDS / "repeated"
 """Runs of recorded benches on another day, by the same names."""
 END = "<!-- end of results -->"
+Section = Callable[[dict[str, Any]], str]
+"""What tells of one record."""
 COLUMNS = {
     "lm": "model alone",
     "lm+knn": "+ neighbours",
@@ -51,7 +54,7 @@ def read_records(directory: Path = RECORDS) -> dict[str, dict[str, Any]]:
 
 def results(records: dict[str, dict[str, Any]], again: dict[str, dict[str, Any]]) -> str:
     """All of RESULTS.md."""
-    sections = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
+    sections: dict[str, Section] = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
     sections |= render_store.SECTIONS | render_model.SECTIONS | render_mixing.SECTIONS | render_bench.SECTIONS
     sections |= render_reference.SECTIONS | render_studies.SECTIONS
     head = (

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def main(
     print(json.dumps(report, indent=1))
 
 
-def chosen(domains: Splits, side: str, documents: int) -> Sequence[Document]:
+def chosen(domains: Splits, side: str, documents: int) -> list[Document]:
     """Some documents of each domain."""
     return [document for domain in domains.values() for document in domain[side][:documents]]
 

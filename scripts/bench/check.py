@@ -15,7 +15,6 @@ import click
 
 from bench.ratios import Ratio, ratios, subject_of
 
-INCOMPARABLE = 2
 FREE = ("--check", "--rounds", "--model", "--peers", "--store", "--stores")
 """Options that change no work: files are told apart by their hashes."""
 SAME = (
@@ -35,6 +34,12 @@ SAME = (
 """What of a record must be equal, if it has it."""
 
 
+class Incomparable(click.ClickException):
+    """Two runs say nothing of each other."""
+
+    exit_code = 2
+
+
 class Comparison(NamedTuple):
     """What two runs say of each other, each in a line."""
 
@@ -47,12 +52,13 @@ class Comparison(NamedTuple):
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Why two records cannot be compared, if so."""
-    pairs = {"subject": (subject_of(before), subject_of(after))}
+    pairs: dict[str, tuple[Any, Any]] = {"subject": (subject_of(before), subject_of(after))}
     for name in ("cpu", "cores"):
         pairs[name] = (before["machine"][name], after["machine"][name])
-    pairs["GiB of memory"] = tuple(round(each["machine"]["memory_bytes"] / 2**30) for each in (before, after))  # type: ignore[assignment]
+    memory = [round(each["machine"]["memory_bytes"] / 2**30) for each in (before, after)]
+    pairs["GiB of memory"] = memory[0], memory[1]
     pairs |= {name: (before.get(name), after.get(name)) for name in SAME}
-    pairs["options"] = (options(before), options(after))  # type: ignore[assignment]
+    pairs["options"] = (options(before), options(after))
     return [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
 
 
@@ -90,13 +96,11 @@ def settle(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Say on stderr how a new run compares with a recorded one; ends the program unless all is as good as it was.
 
     Raises:
-        click.ClickException: they cannot be compared, with exit status 2.
+        Incomparable: they cannot be compared.
         SystemExit: with status 1, something got worse.
     """
     if found := differences(before, after):
-        refused = click.ClickException(f"the runs cannot be compared: {'; '.join(found)}")
-        refused.exit_code = INCOMPARABLE
-        raise refused
+        raise Incomparable(f"the runs cannot be compared: {'; '.join(found)}")
     versions = before["machine"]["versions"].items() ^ after["machine"]["versions"].items()
     for name in sorted({name for name, _ in versions}):
         was, now = (record["machine"]["versions"].get(name, "absent") for record in (before, after))

@@ -140,7 +140,9 @@ def peak() -> int:
 
 def ours(files: tuple[str, ...], tokenizer: Path, out: Path) -> tuple[dict[str, float], int, dict[str, int]]:
     """Collect, audit, and tokenise the training and validation text of both sides."""
-    seconds, peaks, tokens, begin = {}, {}, 0, time.perf_counter()
+    seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    tokens, begin = 0, time.perf_counter()
 
     def done(step: str) -> None:
         seconds[step], peaks[step] = time.perf_counter() - begin - sum(seconds.values()), peak()

@@ -20,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: 
     scorer = Scorer(model.model, next(iter(peers.values()))[0])
     contestants: dict[str, Callable[[], list[float]]] = {
         "silo": lambda: [math.fsum(each) for each in scorer.score(ids, protocol)],
-        **{f"lm_eval, batches of {size}": lambda peer=peer: peer(texts) for size, (_, peer) in peers.items()},
+        **{f"lm_eval, batches of {size}": partial(peer, texts) for size, (_, peer) in peers.items()},
     }
     lengths = [len(each) for each in ids]
     apart: list[float] = []

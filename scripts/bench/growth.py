@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Asked:
         self.keys = np.concatenate([lm.keys(each) for each in tokens[:16]])[:QUERIES]
         """(128, dimension) float32, for neighbours."""
         words = [each[at : at + BLOCK_QUERY] for each in tokens for at in range(0, len(each) - BLOCK_QUERY, 128)]
-        self.texts = [lm.tokenizer.decode(each.tolist()) for each in words[:QUERIES]]
+        self.texts = [str(lm.tokenizer.decode(each.tolist())) for each in words[:QUERIES]]
         """For blocks."""
 
 
@@ -226,7 +227,7 @@ def opening_and_removing(
 
 def race(call: Callable[[int], Any], sizes: Sequence[int] | dict[int, Any], rounds: int, units: int = 1) -> Contest:
     """One thing at all sizes, in turns."""
-    calls = {str(size): lambda size=size: call(size) for size in sizes}  # type: ignore[misc]
+    calls = {str(size): partial(call, size) for size in sizes}
     return compete(calls, rounds, units=dict.fromkeys(calls, units))
 
 

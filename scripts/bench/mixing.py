@@ -18,8 +18,9 @@ Prints one JSON document: machine, command, commit, seed, data hash, result.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from bench.harness import compete, say, subject
 from bench.mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
 from bench.mixing_store import make_store, read_corpus
 from bench.ngram import dealt
-from datastore.shard import Encoded
+from bench.ratios import PREFIXES
 from datastore.store import Store
 from eval.perplexity import PASSAGE_TOKENS, Scores, Text, data_hash, fit, perplexities, sample, score
 from silo.in_context import InContext, find_blocks
@@ -42,7 +43,7 @@ from silo.mixing import interpolate
 from silo.mixture import Mixture
 from silo.nearest import Nearest, Spare
 from silo.readings import NeighbourReading
-from silo.retrieval import PROBES
+from silo.retrieval import PROBES, NeighbourSource, NgramSource
 from silo.weights import METHODS
 from training.flops import flops_per_token
 
@@ -95,7 +96,7 @@ def main(
         store = make_store(kept or root / "store", lm, model, corpus, sizes["tokens"], sizes["encoded"])
         texts = sample(corpus.held_out, Mixture(lm), sizes["text"])
         own_keys = sizes["encoded"] >= sizes["tokens"]
-        result = {
+        result: dict[str, Any] = {
             "store": {name: store.describe()[name] for name in ("tokens", "documents", "groups", "control_lists")},
             "own_keys": min(sizes["encoded"], sizes["tokens"]),
             "scored": {
@@ -126,12 +127,12 @@ def main(
     }
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], counts: dict[str, int], base: str, rounds: int) -> dict[str, Any]:
+def in_turns(calls: Mapping[str, Callable[[], Any]], counts: dict[str, int], base: str, rounds: int) -> dict[str, Any]:
     """Tokens a second of each call, and how many times the base's time a token takes, round by round; by the clock, and
     by the processor's time, which suffers less from whoever else uses the machine."""
     contest = compete(calls, rounds, units=counts)
     out: dict[str, Any] = {"tokens_per_second": {name: contest.rate(name).value for name in calls}}
-    for clock, prefix in (("wall", ""), ("processor", "processor_")):
+    for clock, prefix in PREFIXES.items():
         times = {name: contest.times(name, base, clock) for name in calls}
         out[f"{prefix}times_{base}"] = {name: each.value for name, each in times.items()}
         out[f"{prefix}spread"] = {name: [each.low, each.high] for name, each in times.items()}
@@ -189,9 +190,13 @@ def curve(lm: LanguageModel, store: Store, texts: list[Text], rounds: int, own_k
     keys = np.concatenate([of for each in texts for of, _ in lm.logits(each.tokens)])
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, float] = {}
+
+    def search(index: NeighbourSource, k: int) -> np.ndarray:
+        return index.search(keys, k).values
+
     for probes, k in CURVE:
         index = store.neighbours(probes=probes)
-        calls[f"{probes} probes, k = {k}"] = lambda index=index, k=k: index.search(keys, k).values
+        calls[f"{probes} probes, k = {k}"] = partial(search, index, k)
         if own_keys:
             mixture = Mixture(lm, neighbours=index, ngrams=store.ngrams())
             found[f"{probes} probes, k = {k}"] = perplexity_of(nearest(score(mixture, texts), k), mixture.methods)
@@ -216,7 +221,7 @@ def spared(lm: LanguageModel, store: Store, texts: list[Text], rounds: int) -> d
         scores[name] = score(mixture, texts)
         searched[name] = (index.searches - before) / tokens
 
-    calls = {name: lambda name=name, of=of: run(name, of) for name, of in named.items()}
+    calls = {name: partial(run, name, of) for name, of in named.items()}
     timed = in_turns(calls, dict.fromkeys(calls, tokens), "none", rounds)
     told = {name: perplexity_of(of, named[name].methods) for name, of in scores.items()}
     return {"searched": searched, "perplexity": told, **timed}
@@ -232,13 +237,17 @@ def nearest(scores: Scores, k: int) -> Scores:
 def owners(root: Path, lm: LanguageModel, store: Store, texts: list[Text], rounds: int) -> dict[str, Any]:
     """The ∞-gram alone, the store's documents dealt out to few owners and to many."""
     bare = [
-        Encoded.make(each.document, each.tokens, np.zeros_like(each.lists), np.zeros((len(each.tokens), 1), np.uint8))
+        replace(each, lists=np.zeros_like(each.lists), codes=np.zeros((len(each.tokens), 1), np.uint8))
         for name in sorted(store.manifest.shards)
         for each in store.shard(name).documents()
     ]
     windows = [each.tokens.astype(np.int64) for each in texts]
     opened = {n: dealt(bare, n, root / f"ngram-{n}") for n in OWNERS}
-    calls = {f"{n} owners": lambda of=of: of.match(windows).single for n, of in opened.items()}
+
+    def match(index: NgramSource) -> np.ndarray:
+        return index.match(windows).single
+
+    calls = {f"{n} owners": partial(match, of) for n, of in opened.items()}
     tokens = sum(map(len, windows))
     return in_turns(calls, dict.fromkeys(calls, tokens), f"{OWNERS[0]} owners", rounds)
 

@@ -24,6 +24,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import faiss
 import numpy as np
@@ -42,7 +43,7 @@ def merged_index(store: Store, probes: int) -> tuple[Any, np.ndarray]:
     numbers, codes, tokens = (
         np.concatenate([getattr(shard, name) for shard in shards]) for name in ("lists", "codes", "tokens")
     )
-    coarse = plane.coarse_index()
+    coarse: Any = plane.coarse_index()
     index = plane.codes.index(coarse, lists)
     index.nprobe, index.own_fields = probes, True
     coarse.this.disown()  # The index, which keeps no reference, frees it.
@@ -71,7 +72,13 @@ def silo_loop(
     sys.modules["data"].load_pile = None  # type: ignore[attr-defined]
     module = _imported(sources / SILO / "scripts", "main")
     module.DIMENSION = keys.shape[1]
-    options = {"lm": "neo-1.3B", "split": "train", "val_split": "val", "val_subset": None, "max_n_sequences": None}
+    options: dict[str, Any] = {
+        "lm": "neo-1.3B",
+        "split": "train",
+        "val_split": "val",
+        "val_subset": None,
+        "max_n_sequences": None,
+    }
     options |= {"max_seq_length": 1024, "stride": 512, "merge": True, "embed_idx": 0, "do_subset": False, "k": K}
     options |= {"probe": index.nprobe, "approximate": True, "remove_embed": False, "remove_prev_index": False}
     options |= {"skip_eval": False}
@@ -90,13 +97,10 @@ def silo_loop(
             (root / "train" / "text-1024-512.index").touch()
             np.save(root / "val" / "text-1024-512-loss.npy", -np.log(lm))
             keys.astype(np.float16).tofile(root / "val" / "text-1024-512-embed.float16.npy")
-            read, faiss.read_index = faiss.read_index, lambda *_: searched
-            try:
+            with patch.object(faiss, "read_index", lambda *_: searched):
                 module.process(
                     Namespace(**options, output_dir=str(root / "train")), Namespace(pad_token=-1), "inference", "text"
                 )
-            finally:
-                faiss.read_index = read
 
     return run
 

@@ -84,7 +84,7 @@ def borrowing_keys(
             if not len(lists):
                 lists, codes = (np.concatenate([getattr(each, name) for each in made]) for name in ("lists", "codes"))
                 say(f"{held:,} tokens encoded")
-            ids = lm.tokenize(document).astype(token_type(lm.vocab_size))
+            ids: np.ndarray = lm.tokenize(document).astype(token_type(lm.vocab_size))
             rows = (held + np.arange(len(ids))) % len(lists)
             moved = codes[rows] + random.integers(-NOISE, NOISE + 1, (len(ids), codes.shape[1]), dtype=np.int16)
             made.append(Encoded.make(document, ids, lists[rows], moved.clip(0, 255).astype(np.uint8)))

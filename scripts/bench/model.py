@@ -34,7 +34,7 @@ from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN
 from training.optimizer import RowAdamW
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -156,7 +156,7 @@ def peers(with_peer_pytorch: bool, fused: bool = True) -> dict[str, Step]:
     """Training steps of one PEER layer: ours and PEER-pytorch's, at both sizes."""
     steps = {}
     for name, experts in SIZES.items():
-        shape = {"hidden_size": WIDTH, "num_attention_heads": 8, "num_key_value_heads": 8}
+        shape: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": 8, "num_key_value_heads": 8}
         config = SiloConfig(
             **shape, ffn="peer", peer_num_experts=experts, peer_heads=HEADS,
             peer_experts_per_head=EXPERTS_PER_HEAD, key_dim=WIDTH, query_batch_norm=False, shared_keys=False,

@@ -87,7 +87,7 @@ def beside_faiss(stores: dict[int, Store], file: Path, key: np.ndarray, roof: Ce
 
     def theirs(flags: int) -> Callable[[], np.ndarray]:
         def call() -> np.ndarray:
-            index = faiss.read_index(str(file), flags)
+            index: Any = faiss.read_index(str(file), flags)
             index.nprobe = PROBES
             return index.search(key, NEIGHBOURS)[0]
 

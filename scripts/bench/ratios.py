@@ -14,6 +14,9 @@ from typing import Any, Literal, NamedTuple
 from bench.harness import Measured
 
 Record = dict[str, Any]
+Clock = Literal["wall", "processor"]
+PREFIXES: dict[Clock, str] = {"wall": "", "processor": "processor_"}
+"""Of the names under which times by a clock are recorded."""
 
 
 class Ratio(NamedTuple):
@@ -26,7 +29,7 @@ class Ratio(NamedTuple):
     """Whether it is a speed or a time, both in multiples of the peer's."""
     goal: float | None = None
     """What it should be at least, or at most."""
-    clock: Literal["wall", "processor"] = "wall"
+    clock: Clock = "wall"
 
     @property
     def name(self) -> str:
@@ -123,7 +126,7 @@ def model(result: Record, _: str) -> Iterator[Ratio]:
             found = result.get(part, {}).get(clock, {})
             if key in found.get("ratio", {}):
                 measured = Measured(found["ratio"][key], *found["spread"][key])
-                yield Ratio(what, peer, measured, better, goal, clock)  # type: ignore[arg-type]
+                yield Ratio(what, peer, measured, better, goal, clock)
 
 
 def training_step(result: Record, _: str) -> Iterator[Ratio]:
@@ -146,17 +149,17 @@ def evaluation(result: Record, _: str) -> Iterator[Ratio]:
 def mixing(result: Record, name: str) -> Iterator[Ratio]:
     """The mixtures beside the model alone, neighbours beside others' loops, many owners beside one."""
     mixtures = result["mixtures"]
-    for clock, prefix in (("wall", ""), ("processor", "processor_")):
+    for clock, prefix in PREFIXES.items():
         for method, found in _spread(mixtures[f"{prefix}times_lm"], mixtures[f"{prefix}spread"]):
             goal = {"all": 2.1 if "smollm2" in name else 5.0}.get(method)
             what = "scoring, all methods" if method == "all" else f"scoring, {method}"
-            yield Ratio(what, "the model alone", found, "lower", goal, clock)  # type: ignore[arg-type]
+            yield Ratio(what, "the model alone", found, "lower", goal, clock)
         (base,) = (key for key in result["ngram"] if key.startswith(f"{prefix}times_"))
         for owners, found in _spread(result["ngram"][base], result["ngram"][f"{prefix}spread"]):
-            yield Ratio(f"∞-gram, {_owners(owners.partition(' ')[0])}", "one owner's", found, "lower", 1.25, clock)  # type: ignore[arg-type]
+            yield Ratio(f"∞-gram, {_owners(owners.partition(' ')[0])}", "one owner's", found, "lower", 1.25, clock)
         if peers := result.get("peers"):
             for peer, found in _spread(peers[f"{prefix}times_ours"], peers[f"{prefix}spread"]):
-                yield Ratio("neighbours alone", f"the loop of {peer}", found, "higher", 10.0, clock)  # type: ignore[arg-type]
+                yield Ratio("neighbours alone", f"the loop of {peer}", found, "higher", 10.0, clock)
 
 
 def bm25(result: Record, _: str) -> Iterator[Ratio]:

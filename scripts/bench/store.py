@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
         stores = {n: build(root / f"owners-{n}", lm, model, plane, small, n) for n in (1, 4, 10, 200, 1000, 2000)}
         keys = plane.quantizer().decode(np.concatenate([each.codes for each in small[:200]])[: QUERIES + SPARE_QUERIES])
         queries = decided(plane, keys, PROBES)[:QUERIES]
-        result = {
+        result: dict[str, Any] = {
             "keys": int(rows[cut - 1]),
             "groups": {n: len(store.manifest.groups) for n, store in stores.items()},
             "neighbours": neighbours(stores, plane, small, queries, rounds),
@@ -237,9 +238,11 @@ def same_neighbours(near: Judge) -> Judge:
 
 def blocks(stores: dict[int, Store], lm: LanguageModel, encoded: list[Encoded], rounds: int) -> dict[str, Any]:
     """Queries a second of the BM25 index of each store."""
-    texts = [lm.tokenizer.decode(each.tokens[100:164].tolist()) for each in encoded if len(each.tokens) > 200][:256]
+    texts = [str(lm.tokenizer.decode(each.tokens[100:164].tolist())) for each in encoded if len(each.tokens) > 200][
+        :256
+    ]
     opened = {n: stores[n].blocks() for n in SEARCHED}
-    calls = {str(n): lambda index=index: index.search(texts, 1) for n, index in opened.items()}  # type: ignore[misc]
+    calls = {str(n): partial(index.search, texts, 1) for n, index in opened.items()}
     contest = compete(calls, rounds, units=dict.fromkeys(calls, len(texts)), judge=same_blocks)
     return rates(contest, "1")
 

@@ -157,7 +157,7 @@ def example_loop(
         {name: of[row] for name, of in batch.items()} for step in steps for batch in step for row in range(_rows(batch))
     ]
     optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
-    loader = torch.utils.data.DataLoader(rows, batch_size=_rows(steps[0][0]))  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=_rows(steps[0][0]))  # type: ignore[arg-type]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     turns = iter(loader)
