@@ -20,6 +20,7 @@ from bench.check import differences, moved
 from bench.ratios import ratios
 from recording import provenance
 from render_figure import figure
+from render_goals import goals
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "results"
@@ -65,7 +66,7 @@ def results(records: dict[str, dict[str, Any]], again: dict[str, dict[str, Any]]
         f"![Speeds as multiples of the peers', by subject]({FIGURE.relative_to(ROOT)})\n"
     )
     told = [section(records[name]) for name, section in sections.items() if name in records]
-    return "\n".join([head, *told, *([repeated(records, again)] if again else [])])
+    return "\n".join([head, goals(records), *told, *([repeated(records, again)] if again else [])])
 
 
 def repeated(records: dict[str, dict[str, Any]], again: dict[str, dict[str, Any]]) -> str:

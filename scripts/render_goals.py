@@ -1,0 +1,157 @@
+"""The section of RESULTS.md that holds what was wanted against what was measured, and says why where it fell short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from bench.harness import Measured
+from bench.ratios import Ratio, ratios
+from render_model import columns
+
+ISOLATION, ALONE = 0.6, 1.05
+"""Of the reference experiment: c / b and c / d at most."""
+STORE, LEFT, GATE = 0.75, 0.99, 1.03
+"""Of SmolLM2 with a store, as multiples of itself; of predicted changes, their correlation; of the gate, as a multiple
+of weights tuned on each domain."""
+WHY = {
+    ("evaluation", "scoring by the model alone"): "both spend their time in the same products, which one library "
+    "multiplies for both on a processor without AVX-512",
+    ("mixing", "∞-gram, 200 owners"): "one owner's tokens are one group, and those of 200 owners just over what one "
+    "group holds; within a group owners cost nothing",
+    (
+        "mixing",
+        "neighbours alone / knn-transformers",
+    ): "its loop is hardly more than FAISS's own search; ours is several "
+    "times as fast as that, and its products alone, which no exact search is without, take a fifth of it",
+    ("mixing", "neighbours alone / silo-lm"): "keys are three times as wide as the small model's, and products, which "
+    "both need, a larger part",
+    ("model", "training a dense decoder"): "both are the same products by the same library",
+    ("model", "training top-2 of 8 experts"): "the peer multiplies its experts in groups too; two thirds of a step are "
+    "the same products by the same library",
+    (
+        "model",
+        "training PEER, a million experts / PEER-pytorch",
+    ): "the peer was given torch's fused AdamW, which it does "
+    "not come with; the section without says what it takes as it comes",
+    ("model", "training PEER, a million experts / our 65 k"): "as many picks hit 1.6 times as many different rows of a "
+    "million as of 65 k, and memory is what a step waits for",
+    ("model_not_fused", "training PEER, 65 k experts"): "the machine had other work, which the clock counts; by "
+    "processor time it is reached",
+    ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are five",
+    (
+        "store",
+        "few neighbours",
+    ): "what FAISS finds is measured again, so that few queries and many get the same bits, and "
+    "where it may have missed a tie its lists are read once more",
+    (
+        "reference",
+        "c / d",
+    ): "weights that were taught a text gain by it beside the store as well, most where the text is "
+    "unlike all that is permissive",
+    ("large_ngram_smollm2", ""): "hardly a million tokens of the last two domains exist in the corpus, and 4 to 5 M of "
+    "the others; half a million have keys",
+}
+"""Why a goal was missed, by record and by what begins so, with the peer after a slash where there are several; LOG.md
+has the measurements behind it."""
+
+
+class Goal(NamedTuple):
+    """What was wanted, and what was measured."""
+
+    record: str
+    what: str
+    peer: str
+    wanted: str
+    measured: str
+    reached: bool
+
+
+def goals(records: Mapping[str, dict[str, Any]]) -> str:
+    """All goals that a number was named for."""
+    found = [*_of_benches(records), *_of_experiments(records)]
+    reached = sum(each.reached for each in found)
+    rows = "\n".join(
+        columns(
+            each.record, f"{each.what} / {each.peer}", each.wanted, each.measured, "yes" if each.reached else why(each)
+        )
+        for each in found
+    )
+    return f"""## What was wanted
+
+{reached} of {len(found)} numbers that were named before anything was built are reached. Speeds and times are \
+multiples of the peer's by the clock (by processor time where that alone was taken), with the spread of the rounds.
+
+| record | what | wanted | measured | reached, or why not |
+|:---|:---|---:|---:|:---|
+{rows}
+"""
+
+
+def why(goal: Goal) -> str:
+    """Why a goal was missed. Raises KeyError if nobody has said."""
+    for (record, begins), reason in WHY.items():
+        what, _, peer = begins.partition(" / ")
+        if goal.record.startswith(record) and goal.what.startswith(what) and peer in goal.peer:
+            return f"no: {reason}"
+    raise KeyError(f"{goal.record} has missed {goal.what} / {goal.peer}, and WHY does not say why")
+
+
+def _of_benches(records: Mapping[str, dict[str, Any]]) -> Iterator[Goal]:
+    """The ratios that had a goal."""
+    for name, record in records.items():
+        of = [each for each in ratios(record, name) if each.goal is not None]
+        clock = "wall" if any(each.clock == "wall" for each in of) else "processor"
+        for each in of:
+            if each.clock == clock and "windows a call" not in each.what:
+                yield _goal(name, each)
+
+
+def _goal(name: str, ratio: Ratio) -> Goal:
+    unit, bound = ("speed", "≥") if ratio.better == "higher" else ("time", "≤")
+    return Goal(
+        name,
+        ratio.what,
+        f"{unit} of {ratio.peer}",
+        f"{bound} {ratio.goal:g}",
+        _told(ratio.measured),
+        bool(ratio.reached),
+    )
+
+
+def _told(measured: Measured) -> str:
+    return f"{measured.value:.3g} ({measured.low:.3g} to {measured.high:.3g})"
+
+
+def _of_experiments(records: Mapping[str, dict[str, Any]]) -> Iterator[Goal]:
+    """What was wanted of perplexities, on every domain; and of what attribution foretells."""
+    if "reference" in records:
+        of = records["reference"]["result"]["ratios"]
+        restricted = {name: each for name, each in of.items() if not each["permissive"]}
+        free = {name: each for name, each in of.items() if each["permissive"]}
+        for what, bound in (("c / b", ISOLATION), ("c / d", ALONE)):
+            yield _on_all(
+                "reference", what, "restricted domains", bound, {n: each[what] for n, each in restricted.items()}
+            )
+        harm = {name: each["gated / a"] for name, each in free.items()}
+        yield _on_all("reference", "(a) + store, gate", "(a), permissive domains", 1.0, harm)
+    if "large_ngram_smollm2" in records:
+        result = records["large_ngram_smollm2"]["result"]
+        domains = {name: result["domains"][name] for name in result["restricted"]}
+        beside = {name: of["gate"] / of["lm"] for name, of in domains.items()}
+        tuned = {name: of["gate"] / min(of["tuned"].values()) for name, of in domains.items()}
+        yield _on_all("large_ngram_smollm2", "SmolLM2 + store", "itself, restricted domains", STORE, beside)
+        yield _on_all("large_ngram_smollm2", "the gate", "weights tuned on each domain", GATE, tuned)
+    if "attribution" in records:
+        value = records["attribution"]["result"]["correlation"]["left"]
+        yield Goal(
+            "attribution", "changes without a document", "foretold", f"≥ {LEFT}", f"r = {value:.3f}", value >= LEFT
+        )
+
+
+def _on_all(record: str, what: str, peer: str, bound: float, of: Mapping[str, float]) -> Goal:
+    """A goal of every domain: the range, and on how many it was reached."""
+    values = sorted(of.values())
+    kept = sum(value <= bound for value in values)
+    told = f"{values[0]:.3f} to {values[-1]:.3f}, reached on {kept} of {len(values)}"
+    return Goal(record, what, peer, f"≤ {bound:g}", told, kept == len(values))
