@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datastore import ngrams, suffixes
+from datastore import kinds as remembered
+from datastore import runs, suffixes
 from datastore.keys import id_hash
-from datastore.ngrams import NgramIndex
+from datastore.ngrams import Counts, NgramIndex
 from datastore.shard import DocumentRow
 from datastore.suffixes import Suffixes, suffix_arrays
 from silo.errors import UsageError
@@ -173,6 +174,43 @@ def test_where_the_longest_suffix_occurs(texts, sequences, groups):
         assert spread_of(index, matches, number) == spread_by_hand(found)
 
 
+@given(corpora, queries, st.integers(1, 3), st.sampled_from([0, 3, 1 << 20]), st.data())
+@settings(deadline=None, max_examples=80)
+def test_what_is_remembered_is_what_would_be_counted(texts, sequences, groups, most, data):
+    """One index that is asked again and again says what a new one says each time, whether it has room to remember, and
+    so does a selection of its documents."""
+    chosen = np.asarray(data.draw(st.lists(st.booleans(), min_size=len(texts), max_size=len(texts))))
+    dealt = [chosen[group::groups] for group in range(groups) if len(chosen[group::groups])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remembered, "MOST", most)
+        one = index_of(texts, groups)
+        for index, fresh in ((one, lambda: index_of(texts, groups)), (one.select(dealt), lambda: one.select(dealt))):
+            for sequence in (*sequences, *sequences):
+                assert kinds_of(index, sequence) == kinds_of(fresh(), sequence)
+            assert len(index._kinds._known[0]) <= most
+
+
+def kinds_of(index, sequence):
+    """How many tokens come after the longest suffix of every context, and after its last one, two and three tokens."""
+    matches = match(index, sequence)
+    counts = [*(matches.shorter(length) for length in (1, 2, 3)), matches]
+    return [each.kinds(np.arange(len(sequence) + 1)).tolist() for each in counts]
+
+
+def test_short_suffixes_are_counted_once(monkeypatch):
+    """What comes after one and two tokens is not counted again for the same words, in whatever text."""
+    index, counted_now = index_of([[0, 1, 2, 0, 1, 3, 0, 2, 2, 1, 0, 1, 2, 3, 0, 1]], 1), []
+    real = Counts._count_kinds
+    monkeypatch.setattr(Counts, "_count_kinds", lambda self, which: counted_now.append(len(which)) or real(self, which))
+    first = match(index, [0, 1, 2, 0, 1]).shorter(1)
+    assert first.kinds(np.arange(6)).tolist() == [0, 0, 3, 4, 2, 3]
+    assert sum(counted_now) == 3
+    counted_now.clear()
+    again = match(index, [2, 2, 1, 0, 1, 2, 0]).shorter(1)
+    assert again.kinds(np.arange(8))[2:].tolist() == [4, 3, 2, 3, 4, 2]
+    assert sum(counted_now) == 0
+
+
 def spread_of(index, counts, context):
     """Document → (how often one context's suffix occurs, how many tokens come after it there alone)."""
     spread = counts.spread(context)
@@ -198,7 +236,7 @@ def spread_by_hand(found):
 def test_long_runs_are_followed_to_their_ends(texts, sequences):
     """Runs longer than those compared at every place, and long documents, give what counting by hand does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngrams, "FAR", 2)
+        patch.setattr(runs, "FAR", 2)
         patch.setattr(suffixes, "LONG", 4)
         patch.setattr(suffixes, "APART", 2)
         assert everything(index_of(texts, 2), *sequences) == expected(texts, *sequences)
