@@ -19,7 +19,7 @@ from silo.nearest import USUAL, Asked, Nearest, read_neighbours
 from silo.past import Past
 from silo.readings import Evidence, ModelReading, NeighbourReading, NgramReading, Temperature
 from silo.retrieval import BlockSource, NeighbourSource, NgramMatches, NgramSource, SourceDocument
-from silo.weights import Weighing
+from silo.weights import METHODS, Weighing
 
 MATCHED_TOKENS = 1 << 16
 """Documents of so many tokens together are matched in one pass of the ∞-gram."""
@@ -252,6 +252,11 @@ def attribute_all(parts: Parts, tokens: torch.Tensor, weighing: Weighing) -> lis
     return [_split(parts, index, token, lm[index], weights, temperature) for index, token in enumerate(tokens.tolist())]
 
 
+def _largest_first(share: Share) -> tuple[float, int, str]:
+    """The order of shares; of equal ones by method and document, however a store has put these in groups."""
+    return -share.probability, METHODS.index(share.method), share.document.id if share.document else ""
+
+
 def _split(
     parts: Parts,
     index: int,
@@ -273,5 +278,5 @@ def _split(
         found = reading.shares(index, token, tau) if method == "knn" else reading.shares(index, token)  # type: ignore
         for part, document in found:
             shares[method, document] += weight * part
-    ordered = sorted(shares.items(), key=lambda item: -item[1])
-    return [Share(probability, method, document) for (method, document), probability in ordered]
+    found_shares = [Share(probability, method, document) for (method, document), probability in shares.items()]
+    return sorted(found_shares, key=_largest_first)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from datastore import groups
 from datastore.ngrams import NgramIndex
 from datastore.store import Store
 from silo.in_context import read_in_context
@@ -187,6 +188,26 @@ def test_shares_add_up_to_the_probability(mixture, parts, tokens, documents, wei
                     assert (share.document.owner, share.document.license) == (known.owner, known.license)
                     named.add(known.id)
     assert bool(named) == (len(weights.by_method) > 1)
+
+
+def test_equal_shares_have_an_order_of_their_own(model, control, model_dir, documents, tokens, tmp_path, monkeypatch):
+    """Documents with the same text give the same; they are told in the order of their ids, in one group or in many."""
+    text = documents[0].text[:500]
+    copies = [replace(documents[0], id=f"{7 * n % 5}", owner=f"owner {n}", text=text) for n in range(5)]
+    found = []
+    for name, bound in (("one", groups.GROUP_TOKENS), ("many", 1)):
+        monkeypatch.setattr(groups, "GROUP_TOKENS", bound)
+        store = Store.create(tmp_path / name, model, model_dir / "tokenizer.json", control)
+        store.add(copies, model)
+        mixture = store.mixture(model, ["lm", "knn", "ngram"])
+        part = next(iter(mixture.parts(tokens)))
+        weights = Weights({"lm": 0.4, "knn": 0.3, "ngram": 0.3}, 4.0)
+        shares = [mixture.attribute(part, index, int(tokens[index]), weights) for index in range(40)]
+        found.append([[(s.probability, s.method, s.document and s.document.id) for s in each] for each in shares])
+        assert len(store.manifest.groups) == (1 if name == "one" else 5)
+    assert found[0] == found[1]
+    tied = [[id for _, method, id in each if method == "ngram"] for each in found[0]]
+    assert ["0", "1", "2", "3", "4"] in tied
 
 
 def test_a_share_is_that_of_the_documents_own_neighbours(mixture, parts, tokens):
