@@ -187,7 +187,9 @@ def test_what_is_remembered_is_what_would_be_counted(texts, sequences, groups, m
         for index, fresh in ((one, lambda: index_of(texts, groups)), (one.select(dealt), lambda: one.select(dealt))):
             for sequence in (*sequences, *sequences):
                 assert kinds_of(index, sequence) == kinds_of(fresh(), sequence)
-            assert len(index._kinds._known[0]) <= most
+            known = index._kinds._known[0].tolist()
+            assert len(known) <= most
+            assert known == sorted(set(known))
 
 
 def kinds_of(index, sequence):
