@@ -7,7 +7,8 @@ for each of the documents with the largest shares, the change of log p is predic
 compared with the change that is seen when the document is denied (which is exact: a view equals a store without it):
 
 - by the share: log(p - share) - log(p), which forgets that the others then divide the weight among them;
-- by what is left (:mod:`silo.leaving`): what the mixture says of the document's leaving when it explains a text.
+- by what is left (:mod:`silo.leaving`): what the mixture says of the document's leaving when it explains a text. It says
+  nothing of documents that matter little; how much these changed is told apart.
 
 Weights λ are fixed.
 
@@ -63,7 +64,9 @@ def main(files: tuple[Path, ...], model: Path, store_tokens: int, texts: int, ev
         say(f"{len(pairs)} pairs of {len(by_document)} documents; {len(chosen)} are denied")
         for id in chosen:
             observe(store, lm, asked, id, by_document[id])
-    seen = [pair for id in chosen for pair in by_document[id]]
+    observed = [pair for id in chosen for pair in by_document[id]]
+    seen = [pair for pair in observed if pair["left"] is not None]
+    untold = [abs(pair["seen"]) for pair in observed if pair["left"] is None]
     report = {
         **made(files),
         "result": {
@@ -72,7 +75,8 @@ def main(files: tuple[Path, ...], model: Path, store_tokens: int, texts: int, ev
             "weights": WEIGHTS.to_json(),
             "correlation": {way: correlation(seen, way) for way in ("share", "left")},
             "greatest_error": {way: greatest_error(seen, way) for way in ("share", "left")},
-            "greatest_error_of_a_sum": max(pair["error_of_sum"] for pair in seen),
+            "greatest_error_of_a_sum": max(pair["error_of_sum"] for pair in observed),
+            "not_told": {"pairs": len(untold), "greatest_change": max(untold, default=0.0)},
         },
     }
     print(json.dumps(report, indent=1))
@@ -113,7 +117,7 @@ def predicted(mixture: Mixture, texts: list[Text], every: int) -> Iterator[Pair]
                     "position": parts.begin + index,
                     "document": id,
                     "share": math.log(max(p - of_document[id], 1e-12)) - math.log(p),
-                    "left": math.log(left[id]) - math.log(p),
+                    "left": math.log(left[id]) - math.log(p) if id in left else None,
                     "p": p,
                     "error_of_sum": error,
                 }
