@@ -7,8 +7,8 @@ for each of the documents with the largest shares, the change of log p is predic
 compared with the change that is seen when the document is denied (which is exact: a view equals a store without it):
 
 - by the share: log(p - share) - log(p), which forgets that the others then divide the weight among them;
-- by what is left (:mod:`silo.leaving`): what the mixture says of the document's leaving when it explains a text. It says
-  nothing of documents that matter little; how much these changed is told apart.
+- by what is left (:mod:`silo.leaving`): what the mixture says of the document's leaving when it explains a text. Of
+  documents that matter little it says nothing; how much these changed is told apart.
 
 Weights λ are fixed.
 
