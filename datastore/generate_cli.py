@@ -82,6 +82,12 @@ def render(value: dict[str, Any]) -> None:
 )
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
 @click.option("--seed", default=0, show_default=True, help="Of the drawing of tokens.")
+@click.option(
+    "--longest-copy",
+    metavar="TOKENS",
+    type=click.IntRange(min=1),
+    help="Write at most so many tokens in a row that stand in a document of the store.",
+)
 @reports(render)
 def generate(
     prompt: str,
@@ -93,6 +99,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    longest_copy: int | None,
 ) -> dict[str, Any]:
     """Write on from PROMPT (- for standard input), and say which documents the text comes from.
 
@@ -108,7 +115,12 @@ def generate(
     lm = load_by(policy, model, store=store, use=use, weights=weights)
     with progress_bar("generate") as progress:
         answer = lm.generate_with_sources(
-            text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            longest_copy=longest_copy,
+            progress=progress,
         )
     return {
         "prompt": answer.prompt,
@@ -117,4 +129,5 @@ def generate(
         "model": lm.mixture.model.fingerprint,
         "methods": list(lm.weighing.methods),
         "policy": policy.to_json(),
+        "longest_copy": longest_copy,
     }

@@ -60,10 +60,10 @@ def load(
     weighing = choose_weighing(weights, use, opened)
     lm = model if isinstance(model, LanguageModel) else LanguageModel.load(Path(model))
     if opened is None or list(weighing.methods) == ["lm"]:
-        return MixtureForCausalLM(Mixture(lm), weighing)
+        return MixtureForCausalLM(Mixture(lm), weighing, opened.ngrams if opened is not None else None)
     way = _lookup(nearest, weighing)
     mixture = opened.mixture(lm, weighing.methods, in_context=in_context, nearest=way, **policy.selections(opened))
-    return MixtureForCausalLM(mixture, weighing)
+    return MixtureForCausalLM(mixture, weighing, opened.ngrams)
 
 
 def load_by(

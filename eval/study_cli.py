@@ -355,9 +355,16 @@ def render_copying(value: dict[str, Any]) -> None:
 )
 @click.option("--new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Written after each.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: likeliest token.")
+@click.option(
+    "--longest-copy",
+    default=12,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens, where copies are limited.",
+)
 @reports(render_copying)
 def copying(
-    out: Path, prompts: int, prompt_tokens: int, new_tokens: int, temperature: float, **options: Any
+    out: Path, prompts: int, prompt_tokens: int, new_tokens: int, temperature: float, longest_copy: int, **options: Any
 ) -> dict[str, Any]:
     """The longest run of what each mixture writes that stands in the store word for word.
 
@@ -375,6 +382,7 @@ def copying(
             prompt=prompt_tokens,
             written=new_tokens,
             temperature=temperature,
+            longest_copy=longest_copy,
             progress=progress,
         )
     return write_study(out, "copying", subject.described(), result, study.figure(result))

@@ -139,9 +139,10 @@ privacy leakage is the difference of the last two, so 0 where they are equal.
 def copying(result: dict[str, Any]) -> str:
     """How much is written word for word."""
     found = result["mixtures"]
+    names = NAMES | {"limited": f"all, where at most {result.get('longest_copy')} in a row may be copied"}
     lengths = list(next(iter(found.values()))["shares"])
     rows = [
-        f"| {NAMES.get(name, name)} | {of['longest']} | {of['mean']:.1f} | "
+        f"| {names.get(name, name)} | {of['longest']} | {of['mean']:.1f} | "
         + " | ".join(f"{of['shares'][length]:.1%}" for length in lengths)
         + " |"
         for name, of in found.items()

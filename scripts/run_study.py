@@ -48,7 +48,9 @@ STUDIES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "neighbours": of_neighbours,
     "licenses": lambda subject: licenses.study(subject, told),
     "membership": lambda subject: membership.study(subject, "document", 32, told),
-    "copying": lambda subject: copying.study(subject, prompts=32, prompt=32, written=128, temperature=0, progress=told),
+    "copying": lambda subject: copying.study(
+        subject, prompts=32, prompt=32, written=128, temperature=0, longest_copy=12, progress=told
+    ),
     "reliance": lambda subject: reliance.study(replace(subject, methods=["lm"]), told),
 }
 """Those that ask a subject, with the sizes that the commands have by default."""

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.generation import BaseStreamer, GenerationMixin
+from transformers.generation import BaseStreamer, GenerationMixin, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from silo.copying import CopyLimit
 from silo.errors import UsageError
 from silo.explanation import Answer, ExplainedToken, Explanation, pieces
 from silo.leaving import Leaving, concerned
 from silo.mixture import Mixture, Parts, attribute_all
+from silo.retrieval import NgramSource
 from silo.streaming import MixtureCache, Reader, Row
 from silo.weights import Weighing
 
@@ -40,8 +42,17 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, mixture: Mixture, weighing: Weighing) -> None:
-        """Weigh a mixture. Raises :class:`UsageError` if it lacks a method that is weighed."""
+    def __init__(self, mixture: Mixture, weighing: Weighing, copied: Callable[[], NgramSource] | None = None) -> None:
+        """Weigh a mixture.
+
+        Args:
+            mixture: of all methods that are weighed.
+            weighing: of some or all of its methods.
+            copied: opens the text of which no more than so much may be copied, where that is asked for.
+
+        Raises:
+            UsageError: the mixture lacks a method.
+        """
         missing = [method for method in weighing.methods if method not in mixture.methods]
         if missing:
             raise UsageError(
@@ -56,6 +67,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         self.mixture = mixture
         self.weighing = weighing
         self.reader = Reader(mixture, weighing.history)
+        self._copied = copied
         self.eval()
 
     @property
@@ -128,6 +140,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         seed: int = 0,
+        longest_copy: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Answer:
         """Write on, and say what each token rests on.
@@ -138,7 +151,12 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             temperature: tokens are drawn from the mixture to the power of 1 / temperature; 0 takes the likeliest.
                 The explanation is of the mixture itself.
             seed: of the drawing.
+            longest_copy: so many tokens in a row that are written may stand in a document of the store; see
+                :class:`silo.copying.CopyLimit`. The explanation is of the mixture without this limit.
             progress: is told of each token how many there are, and how many there may be.
+
+        Raises:
+            UsageError: there is no store from which something could be copied, or nothing could be written.
         """
         tokens = self._tokens(prompt)
         ids = torch.tensor([[self.mixture.model.start_token, *tokens]])
@@ -154,6 +172,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             max_new_tokens=max_new_tokens,
             pad_token_id=ends[0] if ends else 0,
             streamer=_Count(progress, max_new_tokens) if progress else None,
+            logits_processor=self._limits(longest_copy, ids.shape[1]),
             **drawing,
         )
         written = out[0, ids.shape[1] :].tolist()
@@ -161,6 +180,14 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             written.pop()
         explanation = self._explain([*tokens, *written], first=len(tokens))
         return Answer(prompt, "".join(each.text for each in explanation.tokens), explanation)
+
+    def _limits(self, longest_copy: int | None, prompt: int) -> LogitsProcessorList:
+        """What is forbidden to be written after a prompt of so many tokens."""
+        if longest_copy is None:
+            return LogitsProcessorList()
+        if self._copied is None:
+            raise UsageError("a limit on copies without a store, whose text would be copied; give one")
+        return LogitsProcessorList([CopyLimit(self._copied(), longest_copy, prompt)])
 
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

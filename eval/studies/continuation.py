@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from silo.causal_lm import MixtureForCausalLM
 from silo.mixture import Mixture
@@ -14,7 +15,14 @@ from silo.weights import Weighing
 
 
 def continued(
-    mixture: Mixture, weighing: Weighing, prompts: np.ndarray, tokens: int, *, temperature: float = 0.0, seed: int = 0
+    mixture: Mixture,
+    weighing: Weighing,
+    prompts: np.ndarray,
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    limit: Callable[[int], LogitsProcessor] | None = None,
 ) -> np.ndarray:
     """Write on after some prompts.
 
@@ -25,6 +33,7 @@ def continued(
         tokens: so many are written after each, never fewer.
         temperature: of drawing; 0 takes the likeliest token.
         seed: of drawing.
+        limit: of what may be written after inputs of so many tokens, if not everything.
 
     Returns:
         (n, tokens) int64.
@@ -41,6 +50,7 @@ def continued(
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         pad_token_id=0,
+        logits_processor=LogitsProcessorList([limit(ids.shape[1])] if limit else []),
         **drawing,
     )
     return out[:, ids.shape[1] :].numpy()

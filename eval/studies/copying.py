@@ -2,11 +2,13 @@
 
 Prompts are the beginnings of held-out documents, so that whatever is copied was found, not asked for. A run counts if a
 document of the store has the whole of it, with a token after it. What the held-out documents' own continuations have in
-the store word for word is the measure beside it: so much any honest writer of such text would share.
+the store word for word is the measure beside it: so much any honest writer of such text would share. The mixture of
+most methods writes a second time with a limit on its copies (:class:`silo.copying.CopyLimit`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,24 @@ import numpy as np
 from eval.leakage import leakage
 from eval.studies.continuation import continued
 from eval.studies.figure import Panel, Series, draw
-from eval.studies.subject import Progress, Subject
+from eval.studies.subject import Progress, Subject, most
 from eval.terms import mixture_title
+from silo.copying import CopyLimit
 from silo.errors import UsageError
 from silo.files import sha256
 
-TRUE_TEXT = "true text"
+TRUE_TEXT, LIMITED = "true text", "limited"
 
 
 def study(
-    subject: Subject, *, prompts: int, prompt: int, written: int, temperature: float, progress: Progress | None = None
+    subject: Subject,
+    *,
+    prompts: int,
+    prompt: int,
+    written: int,
+    temperature: float,
+    longest_copy: int,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write on after prompts by each mixture, and look the result up.
 
@@ -33,11 +43,12 @@ def study(
         prompt: tokens of each.
         written: tokens after each.
         temperature: of drawing, 0 for the likeliest token.
+        longest_copy: tokens in a row that may be copied where copies are limited.
         progress: is told of each mixture.
 
     Returns:
-        By mixture, and for the true text: ``longest`` run in tokens, its ``mean`` over prompts, and in ``shares`` the
-        share of tokens inside runs of some lengths.
+        By mixture, for the true text and with the limit: ``longest`` run in tokens, its ``mean`` over prompts, and in
+        ``shares`` the share of tokens inside runs of some lengths.
 
     Raises:
         UsageError: too few documents are long enough.
@@ -61,18 +72,22 @@ def study(
 
     found = {TRUE_TEXT: copied(np.stack([each[prompt : prompt + written] for each in chosen]))}
     weighings = subject.weighings(mixture)
+    limits = dict.fromkeys(weighings) | {LIMITED: partial(CopyLimit, ngrams, longest_copy)}
+    weighings = {**weighings, LIMITED: weighings[most(list(weighings))]}
     for number, (name, weighing) in enumerate(weighings.items(), start=1):
-        found[name] = copied(continued(mixture, weighing, begin, written, temperature=temperature))
+        texts = continued(mixture, weighing, begin, written, temperature=temperature, limit=limits[name])
+        found[name] = copied(texts)
         if progress:
             progress(number, len(weighings))
     return {"prompts": prompts, "prompt_tokens": prompt, "written_tokens": written, "temperature": temperature,
-            "mixtures": found}  # fmt: skip
+            "longest_copy": longest_copy, "mixtures": found}  # fmt: skip
 
 
 def figure(result: dict[str, Any]) -> str:
     """Longest runs by mixture."""
     found = result["mixtures"]
-    names = [name if name == TRUE_TEXT else mixture_title(name) for name in found]
+    limited = f"at most {result['longest_copy']} in a row"
+    names = [{TRUE_TEXT: TRUE_TEXT, LIMITED: limited}.get(name) or mixture_title(name) for name in found]
     places = list(range(len(found)))
     series = [
         Series("longest of all prompts", [each["longest"] for each in found.values()], places, marks_only=True),

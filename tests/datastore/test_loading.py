@@ -209,6 +209,10 @@ def test_generate_writes_and_names_its_sources(store, model_dir, tmp_path):
     assert "".join(each["text"] for each in value["tokens"]) == value["text"]
     piped = run("-", *common, "--deny-owner", "Ada", "--json", input=PROMPT)
     assert json.loads(piped.stdout) == value
+    assert value["longest_copy"] is None
+    limited = json.loads(run(PROMPT, *common, "--longest-copy", "1", "--json").stdout)
+    assert limited["longest_copy"] == 1
+    assert limited["text"] != value["text"]
     shown = run(PROMPT, *common, "--temperature", "0", "--purpose", "research")
     assert shown.exit_code == 0
     assert "come from the model itself" in shown.stdout
@@ -219,6 +223,7 @@ def test_generate_writes_and_names_its_sources(store, model_dir, tmp_path):
     [
         (["--model", "MODEL", "--purpose", "research"], "give --store"),
         (["--model", "nowhere"], "is not a model directory"),
+        (["--model", "MODEL", "--longest-copy", "4"], "a limit on copies without a store"),
         (["--model", "MODEL", "--store", "STORE"], "a store without weights"),
     ],
 )

@@ -12,7 +12,7 @@ from silo.files import read_sealed, sha256
 
 @pytest.fixture(scope="module")
 def result(subject):
-    return copying.study(subject, prompts=4, prompt=16, written=24, temperature=0.0)
+    return copying.study(subject, prompts=4, prompt=16, written=24, temperature=0.0, longest_copy=5)
 
 
 def test_runs_are_in_the_store(result, subject):
@@ -41,7 +41,8 @@ def test_runs_are_in_the_store(result, subject):
 def test_what_is_copied_shows(result, subject):
     """Held-out text that the store has is found whole; the ∞-gram copies more of the store than the model alone."""
     found = result["mixtures"]
-    assert list(found) == [copying.TRUE_TEXT, "lm", "lm+knn", "lm+ngram", "all"]
+    assert list(found) == [copying.TRUE_TEXT, "lm", "lm+knn", "lm+ngram", "all", copying.LIMITED]
+    assert found["all"]["longest"] > 5 >= found[copying.LIMITED]["longest"]
     assert found["lm+ngram"]["mean"] > found["lm"]["mean"]
     assert found[copying.TRUE_TEXT]["longest"] == 24, "the test text of this fixture is cut from stored documents"
     ngrams = subject.store.ngrams()
@@ -63,12 +64,12 @@ def test_drawing_is_repeatable(subject):
 def test_too_few_prompts(subject):
     """More prompts than documents that are long enough are an error of use."""
     with pytest.raises(UsageError, match="smaller number"):
-        copying.study(subject, prompts=13, prompt=16, written=24, temperature=0.0)
+        copying.study(subject, prompts=13, prompt=16, written=24, temperature=0.0, longest_copy=5)
 
 
 def test_the_command(run):
     """The record names every mixture."""
     done, out = run("copying", "--prompts", 2, "--prompt-tokens", 8, "--new-tokens", 8, "--temperature", 1)
     assert done.exit_code == 0, done.stderr
-    assert len(read_sealed(out, 1)["result"]["mixtures"]) == 5
+    assert len(read_sealed(out, 1)["result"]["mixtures"]) == 6
     assert "Model alone" in out.with_suffix(".svg").read_text()
