@@ -71,6 +71,18 @@ def test_no_longer_run_is_written_and_nothing_else_changes(lm, store, ids, held,
             assert logits[at, token] >= logits[at].max() - 1e-4
 
 
+def test_what_is_forbidden_is_what_comes_after_in_the_store(store, held, model):
+    """In each row those tokens that the store has after its last ones, and no other: none where these do not occur."""
+    stored = next(run for run in sorted(held) if len(run) == 20)
+    rows = torch.tensor([stored[:10], stored[9::-1]])
+    assert tuple(rows[1, -3:].tolist()) not in held
+    scores = CopyLimit(store.ngrams(), 3, 0)(rows, torch.zeros(2, model.vocab_size))
+    after = [token for token in range(model.vocab_size) if (*stored[7:10], token) in held]
+    assert stored[10] in after
+    assert torch.isinf(scores[0]).nonzero().flatten().tolist() == after
+    assert not scores[1].any()
+
+
 def test_a_limit_that_nothing_reaches_changes_nothing(lm, store, ids):
     """With room enough the text is what it would be, and the prompt, which stands in the store, is nobody's copy."""
     assert written(lm, ids, CopyLimit(store.ngrams(), WRITTEN, ids.shape[1])) == written(lm, ids)
