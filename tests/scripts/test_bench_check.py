@@ -14,14 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "scripts" / "results").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """A function that imports a module of ``scripts/bench``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield lambda name: importlib.import_module(f"bench.{name}")
-
-
 def read(name):
     return json.loads((ROOT / "scripts" / "results" / f"{name}.json").read_text())
 

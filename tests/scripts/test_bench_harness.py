@@ -1,6 +1,5 @@
 """The bench's harness: turns, ratios, spreads and judges, by a clock that counts work instead of time."""
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -8,15 +7,11 @@ from pathlib import Path
 import click
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def harness():
+def harness(bench):
     """``scripts/bench/harness.py``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("bench.harness")
+    return bench("harness")
 
 
 class Workers:

@@ -1,22 +1,16 @@
 """The bench's judge of neighbours: what is compared with FAISS, and that it sees a wrong distance."""
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from datastore.control import ControlPlane
 from datastore.queries import prepare
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture
-def nearness(monkeypatch):
+def nearness(bench):
     """``scripts/bench/nearness.py``."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("bench.nearness")
+    return bench("nearness")
 
 
 @pytest.fixture

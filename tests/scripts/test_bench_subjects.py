@@ -2,14 +2,11 @@
 
 import importlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 MADE = {
     "machine": {"cpu": "one", "cores": 1, "memory_bytes": 2**30, "python": "3", "versions": {}},
@@ -18,14 +15,6 @@ MADE = {
     "rounds": 3,
 }
 """What every record has."""
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """A function that imports a module of ``scripts/bench``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield lambda name: importlib.import_module(f"bench.{name}")
 
 
 def test_layers_are_told_as_they_are_read(bench):

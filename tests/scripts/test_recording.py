@@ -1,20 +1,9 @@
 """What a recorded number comes with: a run that goes on in a directory is of what that was begun with."""
 
-import importlib
 import json
-from pathlib import Path
 
 import click
 import pytest
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A module of ``scripts``, by name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
 
 
 def test_a_run_of_something_else_does_not_go_on(script, tmp_path):

@@ -1,35 +1,24 @@
 """What was wanted: every goal is told once, and whatever was missed has its reason."""
 
 import copy
-import importlib
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture
-def render(monkeypatch):
-    """A function that imports one of the scripts."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
-
-
-@pytest.fixture
-def records(render):
+def records(script):
     """The recorded runs."""
-    return render("render_results").read_records()
+    return script("render_results").read_records()
 
 
 def lines(told: str) -> list[str]:
     return [line for line in told.splitlines() if line.startswith("| ")][1:]
 
 
-def test_every_goal_is_told_with_its_number(render, records):
+def test_every_goal_is_told_with_its_number(script, records):
     """A line for each ratio by the clock that had a goal, as reached as its number says, and for the experiments."""
-    ratios = render("bench.ratios").ratios
-    told = render("render_goals").goals(records)
+    ratios = script("bench.ratios").ratios
+    told = script("render_goals").goals(records)
     for name, record in records.items():
         if name in ("reference", "large_ngram_smollm2", "attribution"):
             assert any(line.startswith(f"| {name} |") for line in lines(told))
@@ -43,17 +32,17 @@ def test_every_goal_is_told_with_its_number(render, records):
     assert f"\n{yes} of {len(lines(told))} numbers" in told
 
 
-def test_a_goal_that_is_missed_without_a_reason_is_found_out(render, records):
+def test_a_goal_that_is_missed_without_a_reason_is_found_out(script, records):
     """A number that falls short for the first time stops the rendering until someone has said why."""
     worse = copy.deepcopy(records)
     worse["attribution"]["result"]["correlation"]["left"] = 0.5
     with pytest.raises(KeyError, match=r"attribution has missed .*WHY does not say why"):
-        render("render_goals").goals(worse)
+        script("render_goals").goals(worse)
 
 
-def test_an_experiments_goal_is_one_of_every_domain(render, records):
+def test_an_experiments_goal_is_one_of_every_domain(script, records):
     """One domain above the bound, and it is not reached; the range and the count say so."""
-    goals, worse = render("render_goals").goals, copy.deepcopy(records)
+    goals, worse = script("render_goals").goals, copy.deepcopy(records)
     ratios = worse["reference"]["result"]["ratios"]
     for of in ratios.values():
         of["c / d"] = 1.0

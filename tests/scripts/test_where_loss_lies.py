@@ -1,20 +1,14 @@
 """Where the loss of a mixture lies: sums over classes of suffixes are the sums over tokens."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
 from silo.readings import suffix_class
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture
-def where(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("where_loss_lies")
+def where(script):
+    return script("where_loss_lies")
 
 
 @pytest.fixture
