@@ -22,23 +22,23 @@ WHY = {
     (
         "mixing",
         "neighbours alone / knn-transformers",
-    ): "its loop is hardly more than FAISS's own search; ours is several "
-    "times as fast as that, and its products alone, which no exact search is without, take a fifth of it",
-    ("mixing", "neighbours alone / silo-lm"): "keys are three times as wide as the small model's, and products, which "
-    "both need, a larger part",
+    ): "its loop is hardly more than FAISS's own search; ours is faster, "
+    "and its products alone, which no exact search is without, are a good part of what it takes",
+    ("mixing", "neighbours alone / silo-lm"): "keys are wider than the small model's, and products, which both need, a "
+    "larger part",
     ("model", "training a dense decoder"): "both are the same products by the same library",
-    ("model", "training top-2 of 8 experts"): "the peer multiplies its experts in groups too; two thirds of a step are "
-    "the same products by the same library",
+    ("model", "training top-2 of 8 experts"): "the peer multiplies its experts in groups too; most of a step is the "
+    "same products by the same library",
     (
         "model",
         "training PEER, a million experts / PEER-pytorch",
     ): "the peer was given torch's fused AdamW, which it does "
     "not come with; the section without says what it takes as it comes",
-    ("model", "training PEER, a million experts / our 65 k"): "as many picks hit 1.6 times as many different rows of a "
-    "million as of 65 k, and memory is what a step waits for",
+    ("model", "training PEER, a million experts / our 65 k"): "as many picks hit more different rows of a million than "
+    "of 65 k, and memory is what a step waits for",
     ("model_not_fused", "training PEER, 65 k experts"): "the machine had other work, which the clock counts; by "
     "processor time it is reached",
-    ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are five",
+    ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are several",
     (
         "store",
         "few neighbours",
@@ -49,11 +49,11 @@ WHY = {
         "c / d",
     ): "weights that were taught a text gain by it beside the store as well, most where the text is "
     "unlike all that is permissive",
-    ("large_ngram_smollm2", ""): "hardly a million tokens of the last two domains exist in the corpus, and 4 to 5 M of "
-    "the others; half a million have keys",
+    ("large_ngram_smollm2", ""): "most tokens have a short known suffix, where a store adds little to this model; of "
+    "the domains that gain least the corpus has least",
 }
-"""Why a goal was missed, by record and by what begins so, with the peer after a slash where there are several; LOG.md
-has the measurements behind it."""
+"""Why a goal was missed, by record and by what begins so, with the peer after a slash where there are several. No
+number is typed here: LOG.md has the measurements behind it."""
 
 
 class Goal(NamedTuple):
