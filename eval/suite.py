@@ -150,16 +150,17 @@ class Entry:
             raise UsageError(
                 f"use is {self.use} and the store is {self.store}; methods beside lm need one, and it them"
             )
-        if self.nearest is not None and self.lookup is None:
-            raise UsageError(f"nearest is {self.nearest}; expected some of k, probes and metric, such as {{k: 1024}}")
+        try:
+            _ = self.lookup
+        except (TypeError, UsageError):
+            raise UsageError(
+                f"nearest is {self.nearest}; expected some of k, probes and metric, such as {{k: 1024}}"
+            ) from None
 
     @property
     def lookup(self) -> Nearest | None:
-        """What :attr:`nearest` says; None if that is nothing, or makes no sense."""
-        try:
-            return None if self.nearest is None else Nearest.from_json(self.nearest)
-        except (TypeError, UsageError):
-            return None
+        """What :attr:`nearest` says, if anything."""
+        return None if self.nearest is None else Nearest.from_json(self.nearest)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         self.mixture = mixture
         self.weighing = weighing
         self.reader = Reader(mixture, weighing.history)
-        self._copied = copied
+        self._copied = cache(copied) if copied else None  # which is opened once, however much is written
         self.eval()
 
     @property

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
@@ -89,7 +90,7 @@ class Nearest:
     """Which searches are spared, if any."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.probes < 1:
+        if not all(isinstance(each, Integral) and each >= 1 for each in (self.k, self.probes)):
             raise UsageError(f"{self.k} neighbours of {self.probes} lists; expected at least 1 of each")
         if self.metric not in get_args(Metric):
             raise UsageError(f"nearness by {self.metric!r}; expected one of {', '.join(get_args(Metric))}")

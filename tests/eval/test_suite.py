@@ -285,6 +285,7 @@ def test_silo14_has_fourteen_domains_with_the_hubs_fields(tmp_path):
         ({"models": {"mixed": {"path": "model", "use": USE}}}, "need one"),
         ({"protocol": {"kind": "other"}}, "expected one of alone, stream"),
         ({"models": {"mixed": {"path": "model", "nearest": {"k": 0}}}}, "nearest is {'k': 0}; expected some of k,"),
+        ({"models": {"mixed": {"path": "model", "nearest": {"k": 2.5}}}}, "nearest is {'k': 2.5}; expected some of k,"),
         ({"models": {"mixed": {"path": "model", "nearest": {"K": 3}}}}, "nearest is {'K': 3}; expected some of k,"),
     ],
 )
