@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 PACKAGES = ("torch", "transformers", "accelerate", "faiss-cpu", "pyserini", "numpy", "tokenizers")
 
@@ -33,6 +34,7 @@ def machine() -> dict[str, Any]:
     versions = {name: version(name) for name in PACKAGES}
     return {
         "cpu": model,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "memory_bytes": memory,
         "python": platform.python_version(),
@@ -83,6 +85,13 @@ def require_same_run(directory: Path, what: dict[str, Any]) -> None:
     file.write_text(json.dumps(what))
 
 
+def processor(record: dict[str, Any]) -> str:
+    """A record's processor and how wide its vectors are, which makers sell several of by one name; older records do not
+    say."""
+    machine = record["machine"]
+    return f"{machine['cpu']} with {machine['vectors']}" if "vectors" in machine else str(machine["cpu"])
+
+
 def provenance(record: dict[str, Any]) -> str:
     """Command, commit, seed, data and machine of a run, as list items."""
     machine = record["machine"]
@@ -95,7 +104,7 @@ def provenance(record: dict[str, Any]) -> str:
             f"- Command: `{record['command']}`",
             f"- Commit: `{record['commit']}`{seed}",
             "- Data: " + ", ".join(f"{name} `{digest[:16]}`" for name, digest in hashes.items()),
-            f"- Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
+            f"- Machine: {processor(record)}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB; "
             f"Python {machine['python']}, {versions}",
         ]
     )

@@ -50,16 +50,26 @@ class Comparison(NamedTuple):
     """What only one of them has."""
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Why two records cannot be compared, if so."""
+def differences(before: dict[str, Any], after: dict[str, Any], elsewhere: bool = False) -> list[str]:
+    """Why two records cannot be compared, if so. Elsewhere, processor and memory may be others; and so may weights that
+    were trained there, since sums are rounded in another order."""
     pairs: dict[str, tuple[Any, Any]] = {"subject": (subject_of(before), subject_of(after))}
-    for name in ("cpu", "cores"):
-        pairs[name] = (before["machine"][name], after["machine"][name])
-    memory = [round(each["machine"]["memory_bytes"] / 2**30) for each in (before, after)]
-    pairs["GiB of memory"] = memory[0], memory[1]
-    pairs |= {name: (before.get(name), after.get(name)) for name in SAME}
+    if not elsewhere:
+        pairs |= machines(before["machine"], after["machine"])
+    same = [name for name in SAME if not (elsewhere and name == "model")]
+    pairs |= {name: (before.get(name), after.get(name)) for name in same}
     pairs["options"] = (options(before), options(after))
     return [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
+
+
+def machines(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What must be equal of two machines; the width of vectors if both say it, as older records do not."""
+    pairs = {name: (before[name], after[name]) for name in ("cpu", "cores")}
+    memory = [round(each["memory_bytes"] / 2**30) for each in (before, after)]
+    pairs["GiB of memory"] = memory[0], memory[1]
+    if "vectors" in before and "vectors" in after:
+        pairs["vectors"] = before["vectors"], after["vectors"]
+    return pairs
 
 
 def options(record: dict[str, Any]) -> list[str]:
