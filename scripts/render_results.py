@@ -14,10 +14,9 @@ import render_bench
 import render_mixing
 import render_model
 import render_reference
+import render_repeated
 import render_store
 import render_studies
-from bench.check import differences, moved
-from bench.ratios import ratios
 from recording import provenance
 from render_figure import figure
 from render_goals import goals
@@ -27,7 +26,10 @@ RECORDS = Path(__file__).parent / "results"
 FIGURE = RECORDS / "ratios.svg"
 REPEATED = RECORDS / "repeated"
 """Runs of recorded benches on another day, by the same names."""
+ELSEWHERE = RECORDS / "elsewhere"
+"""Runs of recorded benches on another processor, by the same names."""
 END = "<!-- end of results -->"
+Records = dict[str, dict[str, Any]]
 Section = Callable[[dict[str, Any]], str]
 """What tells of one record."""
 COLUMNS = {
@@ -44,16 +46,16 @@ def main() -> None:
     records = read_records()
     readme = (ROOT / "README.md").read_text()
     (ROOT / "README.md").write_text(with_results(readme, records))
-    (ROOT / "RESULTS.md").write_text(results(records, read_records(REPEATED)))
+    (ROOT / "RESULTS.md").write_text(results(records, read_records(REPEATED), read_records(ELSEWHERE)))
     FIGURE.write_text(figure(records))
 
 
-def read_records(directory: Path = RECORDS) -> dict[str, dict[str, Any]]:
+def read_records(directory: Path = RECORDS) -> Records:
     """Every recorded run, by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
 
 
-def results(records: dict[str, dict[str, Any]], again: dict[str, dict[str, Any]]) -> str:
+def results(records: Records, again: Records, elsewhere: Records) -> str:
     """All of RESULTS.md."""
     sections: dict[str, Section] = {"quickstart": quickstart, "laundering": laundering, "collect": throughput}
     sections |= render_store.SECTIONS | render_model.SECTIONS | render_mixing.SECTIONS | render_bench.SECTIONS
@@ -66,32 +68,9 @@ def results(records: dict[str, dict[str, Any]], again: dict[str, dict[str, Any]]
         f"![Speeds as multiples of the peers', by subject]({FIGURE.relative_to(ROOT)})\n"
     )
     told = [section(records[name]) for name, section in sections.items() if name in records]
-    return "\n".join([head, goals(records), *told, *([repeated(records, again)] if again else [])])
-
-
-def repeated(records: dict[str, dict[str, Any]], again: dict[str, dict[str, Any]]) -> str:
-    """Every ratio of the benches that were run on another day, too."""
-    rows, agree = [], 0
-    for name, second in again.items():
-        if problems := differences(records[name], second):
-            raise ValueError(f"{name} was repeated with something else: {'; '.join(problems)}")
-        before, after = ({each.name: each for each in ratios(record)} for record in (records[name], second))
-        for ratio in before.keys() & after.keys():
-            pair = before[ratio], after[ratio]
-            kind = moved(*pair)
-            agree += kind == "equal"
-            cells = [f"{of.value:.3g} ({of.low:.3g} to {of.high:.3g})" for of in (each.measured for each in pair)]
-            rows.append(f"| {name} | {ratio} | {' | '.join(cells)} | {kind} |")
-    days = ", ".join(f"{name} {of['date']} at `{of['commit'][:8]}`" for name, of in again.items())
-    return f"""## Benches run on another day
-
-{agree} of {len(rows)} ratios agree within the spreads of both runs; others are better or worse than they were by more \
-than both. The first is the one above; the second: {days}.
-
-| record | ratio | first | second | |
-|:---|:---|---:|---:|:---|
-{chr(10).join(sorted(rows))}
-"""
+    others = [render_repeated.another_day(records, again, elsewhere)] if again else []
+    others += [render_repeated.another_processor(records, elsewhere)] if elsewhere else []
+    return "\n".join([head, goals(records), *told, *others])
 
 
 def laundering(record: dict[str, Any]) -> str:
