@@ -40,8 +40,21 @@ def test_the_library_is_chosen_by_what_it_is_faster_for():
     assert linear(x[:, :0], weight).shape == (3, 0, 4)
 
 
+@pytest.mark.parametrize(
+    ("vectors", "maker", "faster"),
+    [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False), ("AVX2", "AuthenticAMD", False)],
+)
+def test_onednn_is_chosen_by_processor(vectors, maker, faster, monkeypatch, tmp_path):
+    """It is the faster one where vectors are wide and MKL does not use them; what cannot be read is MKL's."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
+    assert not products.onednn_is_faster()
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    assert products.onednn_is_faster() is faster
+
+
 def test_without_onednn_the_model_is_the_same(monkeypatch):
-    """Where torch has no oneDNN, or not this function of it, experts compute the same without it."""
+    """Where oneDNN does not multiply, experts compute the same as where it does, whichever this processor's is."""
     torch.manual_seed(0)
     layer = MoeFFN(SiloConfig(hidden_size=32, num_attention_heads=2, intermediate_size=24, num_experts=4))
     with torch.no_grad():
@@ -49,7 +62,7 @@ def test_without_onednn_the_model_is_the_same(monkeypatch):
             parameter.normal_(std=0.2)
     x = torch.randn(1, 200, 32)
     results = []
-    for each in (products.ONEDNN, None):
+    for each in (torch.ops.mkldnn._linear_pointwise, None):
         monkeypatch.setattr(products, "ONEDNN", each)
         out, _ = layer(x)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(layer.parameters()))))
