@@ -1,8 +1,8 @@
 """Matrix products of linear layers, by the faster of two libraries.
 
 In float32 on a CPU torch multiplies by MKL, which uses the widest instructions of its own maker's processors alone;
-oneDNN, which torch carries as well, uses everyone's: 240 against 100 GFLOP/s on one core of an AMD EPYC with AVX-512, at
-the same precision. On Intel's, and where there are none wider than AVX2, MKL is the faster one.
+oneDNN, which torch carries as well, uses everyone's: 240 against 100 GFLOP/s on one core of an AMD EPYC with AVX-512,
+at the same precision. On Intel's, and where there are none wider than AVX2, MKL is the faster one.
 """
 
 from __future__ import annotations
