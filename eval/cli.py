@@ -102,12 +102,14 @@ def perplexity(
     mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy, nearest)
     fitted, source = given or fit_weights(mixture, fitted_documents, methods, max_tokens)
     texts = measure.sample(documents, mixture, max_tokens)
+    measure.require_unfitted(source, documents, texts, where=str(weights))
+    taught = source.pop("texts")
     with progress_bar("score") as progress:
         scores = measure.score(mixture, texts, progress=progress)
     mixtures = {name: measure.described(each, scores.evidence) for name, each in fitted.items()}
     described = {"mixtures": mixtures, **source, "model": lm.fingerprint, **opened}
     if save_weights:
-        write_json(save_weights, described)
+        write_json(save_weights, {**described, "texts": taught})
         if store and source["restricted_text_of"]:
             Store.open(store).note_weights(save_weights, source["restricted_text_of"])
     return {
@@ -131,7 +133,11 @@ def fit_weights(
         texts = measure.sample(documents, mixture, max_tokens)
         fitted = measure.fit_combinations(measure.score(mixture, texts, progress=progress), methods)
     whose = {each.owner or each.source for each in documents if not DEFAULT_POLICY.tier(each).permissive}
-    return fitted, {"fitted_on": measure.data_hash(texts), "restricted_text_of": sorted(whose)}
+    return fitted, {
+        "fitted_on": measure.data_hash(texts),
+        "restricted_text_of": sorted(whose),
+        "texts": sorted({each.document.content_hash for each in texts}),
+    }
 
 
 def read_weights(
@@ -146,6 +152,7 @@ def read_weights(
     return measure.weighings_from_json(value, methods, lm, where=str(file)), {
         "fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on"),
         "restricted_text_of": value.get("restricted_text_of", []),
+        "texts": measure.taught_by(value),
     }
 
 

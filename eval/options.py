@@ -12,6 +12,7 @@ import click
 from silo.errors import UsageError
 
 METHODS = ("lm", "knn", "ric", "ngram")
+ELSE = "without both options, as given weights say"
 
 
 def parse_methods(ctx: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -27,8 +28,8 @@ def nearest_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command options that say how neighbours are looked up; it gets ``nearest``, None if nothing is said."""
     count = click.IntRange(min=1)
 
-    @click.option("--neighbours", "k", type=count, help="Of each token.  [default: 256, or as given weights say]")
-    @click.option("--probes", type=count, help="Inverted lists read for each.  [default: 4, or as given weights say]")
+    @click.option("--neighbours", "k", type=count, help=f"Of each token.  [default: 256; {ELSE}]")
+    @click.option("--probes", type=count, help=f"Inverted lists read for each.  [default: 4; {ELSE}]")
     @functools.wraps(function)
     def command(*args: Any, k: int | None, probes: int | None, **kwargs: Any) -> Any:
         from silo.nearest import USUAL, Nearest

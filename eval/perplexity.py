@@ -147,6 +147,31 @@ def score(mixture: Mixture, texts: Sequence[Text], *, progress: Progress | None 
     )
 
 
+def taught_by(value: Any) -> list[str]:
+    """The content hashes of the documents that a file of weights learnt from, as far as it says, sorted; a gate's file
+    names its teachers, one of fitted weights its texts."""
+    found = value if isinstance(value, dict) else {}
+    teachers = found.get("provenance", {}).get("teachers", ())
+    return sorted({row["content_hash"] for row in teachers} | set(found.get("texts", ())))
+
+
+def require_unfitted(
+    value: Any, documents: Iterable[Document], texts: Sequence[Text], *, where: str, whose: str = "text of --data"
+) -> None:
+    """Raise :class:`UsageError` if weights learnt from what is to be reported on.
+
+    Args:
+        value: a file of weights.
+        documents: that are reported on.
+        texts: what is read of them. Older files of weights name the hash of what was read, and no document.
+        where: the file, for the message.
+        whose: text it is, for the message.
+    """
+    fitted_on = value.get("fitted_on") if isinstance(value, dict) else None
+    if fitted_on == data_hash(texts) or set(taught_by(value)) & {each.content_hash for each in documents}:
+        raise UsageError(f"{where} was fitted on {whose}; fit on validation text and report on other text")
+
+
 def require_nearest(weighing: Weighing, nearest: Nearest, *, where: str = "the weights") -> None:
     """Raise :class:`UsageError` if something was made for neighbours that are looked up in another way: of others the
     same evidence says something else."""

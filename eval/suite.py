@@ -194,7 +194,7 @@ class _File:
 def load_suite(path: Path, overrides: tuple[str, ...] = ()) -> Suite:
     """Read a suite, or one that comes with SILO by its name. Raises :class:`UsageError` if it is no suite."""
     own = SUITES / f"{path}.yaml"
-    file = load_config(_File, own if own.is_file() and not path.exists() else path, overrides)
+    file = load_config(_File, own if own.is_file() and not path.is_file() else path, overrides)
     models = {
         str(name): build(Entry, _group(value, f"models: {name}"), where=f"{path}: models: {name}")
         for name, value in file.models.items()

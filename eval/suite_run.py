@@ -248,13 +248,5 @@ def text_hashes(texts: Sequence[Text]) -> Iterator[str]:
 
 def require_unfitted(value: Any, domain: Texts, contestant: Contestant, path: Path) -> None:
     """Raise :class:`UsageError` if a file of weights was fitted on the text that is to be reported on."""
-    found = value if isinstance(value, dict) else {}
-    taught = {row["content_hash"] for row in found.get("provenance", {}).get("teachers", ())} | set(
-        found.get("texts", ())
-    )
     texts = measure.sample(domain.test, contestant.mixture, domain.tokens)
-    same = found.get("fitted_on") == measure.data_hash(texts)
-    if same or taught & {each.content_hash for each in domain.test}:
-        raise UsageError(
-            f"{path} was fitted on the test text of {domain.name!r}; fit on validation text and report on other text"
-        )
+    measure.require_unfitted(value, domain.test, texts, where=str(path), whose=f"the test text of {domain.name!r}")

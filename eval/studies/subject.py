@@ -16,6 +16,7 @@ from datastore.shard import DocumentRow
 from datastore.store import Store
 from eval import perplexity as measure
 from eval.metrics import Sums
+from eval.options import file_of_weights
 from eval.perplexity import Scores, Text
 from eval.suite_report import with_interval
 from eval.suite_run import bytes_of
@@ -66,11 +67,11 @@ class Subject:
             methods: ``lm`` first.
             data: JSON Lines of test text.
             fit_on: JSON Lines of validation text, of other documents.
-            weights: a gate, or fitted weights, in place of ``fit_on``.
+            weights: a gate, fitted weights, or ``gate`` for the store's own, in place of ``fit_on``.
             budget: see :attr:`budget`.
 
         Raises:
-            UsageError: the weights are of other methods.
+            UsageError: the weights are of other methods, or were fitted on the test text.
             DataError: a document is both fitted and reported on.
             StoreError: the store is another model's.
         """
@@ -78,12 +79,13 @@ class Subject:
         measure.require_disjoint(test, validation)
         lm, opened = LanguageModel.load(model), Store.open(store)
         opened.require_model(lm)
-        given = (
-            measure.weighings_from_json(read_json(weights), methods, lm, where=str(weights))
-            if weights is not None
-            else {}
-        )
-        return cls(lm, opened, methods, test, validation, given, budget)
+        if weights is None:
+            return cls(lm, opened, methods, test, validation, {}, budget)
+        value = read_json(file_of_weights(weights, store))
+        given = measure.weighings_from_json(value, methods, lm, where=str(weights))
+        subject = cls(lm, opened, methods, test, validation, given, budget)
+        measure.require_unfitted(value, test, subject.texts(test), where=str(weights))
+        return subject
 
     @cached_property
     def left_out(self) -> Selection | None:

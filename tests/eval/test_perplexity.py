@@ -201,6 +201,7 @@ def test_weights_come_back_from_their_file(model_dir, store, val, test, tmp_path
     read = run_json(*common, "--weights", saved)
     assert read == fitted
     noted = json.loads(saved.read_bytes())
+    assert noted.pop("texts") == sorted(each.content_hash for each in val)
     assert {name: fitted[name] for name in noted} == noted
     fewer = run_json("--model", model_dir, "--data", tmp_path / "test.jsonl", "--weights", saved)
     assert fewer["perplexity"] == {"lm": fitted["perplexity"]["lm"]}
@@ -231,8 +232,8 @@ def test_neighbours_are_looked_up_as_asked_and_as_their_weights_say(model_dir, m
 def test_the_help_says_how_neighbours_are_looked_up():
     """The defaults that the options state are those of the code."""
     told = " ".join(run("--help").output.split())
-    assert f"Of each token. [default: {Nearest().k}," in told
-    assert f"Inverted lists read for each. [default: {Nearest().probes}," in told
+    assert f"Of each token. [default: {Nearest().k};" in told
+    assert f"Inverted lists read for each. [default: {Nearest().probes};" in told
 
 
 def test_a_stored_document_does_not_find_itself(model_dir, make_store, documents, test, val, tmp_path):
@@ -269,6 +270,30 @@ def test_a_removal_names_weights_that_restricted_text_taught(model_dir, make_sto
     receipt = store.remove(Selection(documents=(documents[1].id,)))
     assert receipt.content["weights_to_fit_again"] == ["w.json"]
     store.verify()
+
+
+def test_weights_are_not_reported_on_what_taught_them(model_dir, store, val, test, tmp_path):
+    """Weights that --save-weights wrote refuse any document that they were fitted on, in whatever sample."""
+    saved, fitted = tmp_path / "w.json", write(tmp_path / "val.jsonl", val)
+    asked = ["--model", model_dir, "--store", store.path, "--use", "lm,knn"]
+    files = ["--fit", fitted, "--data", write(tmp_path / "test.jsonl", test)]
+    assert "texts" not in run_json(*asked, *files, "--save-weights", saved)
+    for data in (fitted, write(tmp_path / "mixed.jsonl", [*test, val[0]])):
+        for sampled in ([], ["--max-tokens", 50]):
+            told = run(*asked, "--weights", saved, "--data", data, *sampled)
+            assert_error(told, 2, "w.json was fitted on text of --data; fit on validation text")
+    assert run_json(*asked, "--weights", saved, "--data", tmp_path / "test.jsonl")["tokens"]
+
+
+def test_a_gate_is_not_reported_on_its_lessons(mixture, val, test):
+    """A gate's teachers, and the hash of what older weights were fitted on, are known as what taught them."""
+    texts = measure.sample(test, mixture, None)
+    taught = {"provenance": {"teachers": [{"content_hash": test[1].content_hash}]}}
+    for value in (taught, {"fitted_on": measure.data_hash(texts)}):
+        with pytest.raises(UsageError, match=r"^g was fitted on the test text of x; fit on"):
+            measure.require_unfitted(value, test, texts, where="g", whose="the test text of x")
+    for value in (taught, {}, [], None):
+        measure.require_unfitted(value, val, measure.sample(val, mixture, None), where="g")
 
 
 def test_weights_as_json_and_back():

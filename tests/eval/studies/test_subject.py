@@ -1,7 +1,13 @@
 """What a study is made on: given weights are used as they were made."""
 
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
 from eval.perplexity import fit_combinations, score
 from eval.studies.subject import Subject
+from silo.errors import UsageError
 from silo.files import write_json
 from silo.nearest import Nearest
 
@@ -19,3 +25,17 @@ def test_neighbours_are_looked_up_as_given_weights_say(subject, place, tmp_path)
     assert given.mixture().nearest == two
     assert given.weighings(given.mixture()) == fitted
     assert subject.mixture().nearest == Nearest()
+
+
+def test_given_weights_were_not_fitted_on_the_test_text(subject, place, tmp_path):
+    """Weights that name a document of the test text are refused; ``gate`` is the store's own, which there is not."""
+    mixture = subject.mixture()
+    fitted = fit_combinations(score(mixture, subject.texts(subject.validation)), subject.methods)
+    weights = {"mixtures": {name: each.to_json() for name, each in fitted.items()}}
+    files = (place / "model", place / "store", subject.methods, [place / "test.jsonl"])
+    for texts, refused in (([subject.validation[0].content_hash], False), ([subject.test[0].content_hash], True)):
+        write_json(tmp_path / "w.json", {**weights, "texts": texts})
+        with pytest.raises(UsageError, match=r"w.json was fitted on text of --data") if refused else nullcontext():
+            Subject.open(*files, weights=tmp_path / "w.json")
+    with pytest.raises(UsageError, match="has no gate"):
+        Subject.open(*files, weights=Path("gate"))
