@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch.nn import functional as F
 
 import silo.routing
@@ -20,13 +22,31 @@ NAMED_EXPERTS = 64
 """Up to so many experts a layer, the load of each is told; of more, only the greatest."""
 
 
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """A model as it evaluates, while the context lasts, and under training again afterwards.
+
+    Experts that choose their tokens would choose among later ones too; so tokens choose their experts then, by the same
+    weights.
+    """
+    config = extract_model_from_parallel(model).config
+    router = config.router
+    model.eval()
+    if router == "expert_choice":
+        config.router = "topk"
+    try:
+        yield
+    finally:
+        config.router = router
+        model.train()
+
+
 @torch.no_grad()
 def validation_loss(model: Any, mixture: Mixture, sequences: int) -> dict[str, float]:
     """The mean loss on the first validation sequences of each domain that has a whole one, in nats a token.
 
     Only the language-model loss counts: what routers add to balance their experts is no property of the text.
     """
-    model.eval()
     device = next(model.parameters()).device
     losses = {}
     for name in mixture.domains:
@@ -35,12 +55,12 @@ def validation_loss(model: Any, mixture: Mixture, sequences: int) -> dict[str, f
         for at in range(0, len(chosen), BATCH):
             batch = {key: value.to(device) for key, value in mixture.batch(chosen[at : at + BATCH]).items()}
             labels = batch["labels"][:, 1:]
-            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+            with evaluating(model):
+                logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
             total += float(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
             count += int((labels >= 0).sum())
         if count:
             losses[name] = total / count
-    model.train()
     return losses
 
 

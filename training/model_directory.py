@@ -15,6 +15,7 @@ from silo.language_model import fingerprint, quiet_transformers
 from silo.licensing import Policy
 from silo.modeling import SiloForCausalLM
 from training.continued import Origin, Teacher, united
+from training.measure import evaluating
 from training.recipe import Recipe
 from training.tokens import TokenRow, Tokens
 
@@ -72,7 +73,7 @@ def save(
     directory = recipe.output.with_name(f".{recipe.output.name}.partial")
     remove_tree(directory)  # what a killed run left
     try:
-        with quiet_transformers():
+        with quiet_transformers(), evaluating(model):  # that is, with a router that can evaluate
             model.save_pretrained(directory, state_dict=weights)
             lesson.tokens.tokenizer.save_pretrained(directory)
         with open(directory / TRAINED_ON, "wb") as file:

@@ -182,4 +182,4 @@ class Recipe:
 def find_recipe(path: Path) -> Path:
     """The file of a recipe: ``path``, or the one of that name that comes with SILO if there is no such file."""
     own = RECIPES / f"{path}.yaml"
-    return own if not path.exists() and len(path.parts) == 1 and own.is_file() else path
+    return own if not path.is_file() and len(path.parts) == 1 and own.is_file() else path

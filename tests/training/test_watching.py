@@ -15,9 +15,10 @@ from silo.collect import collect
 from silo.config import load_config
 from silo.errors import SiloError, UsageError
 from silo.language_model import LanguageModel
+from silo.modeling import SiloConfig, SiloForCausalLM
 from training.data import Mixture
 from training.loop import describe, train
-from training.measure import Routing, validation_loss
+from training.measure import Routing, evaluating, validation_loss
 from training.recipe import Recipe
 from training.run import Run
 
@@ -241,3 +242,28 @@ def test_describing_is_free_of_the_output(recipe_file, tmp_path):
     """What a run would be is told without any of its directories being made."""
     describe(load_config(Recipe, recipe_file, ["trackers=[tensorboard]"]))
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_experts_that_choose_are_validated_and_saved(recipe_file):
+    """A model whose experts choose their tokens trains with validation, and is written with a router that evaluates."""
+    recipe = load_config(Recipe, recipe_file, ["model.router=expert_choice", "reweight_every=4"])
+    summary = train(recipe)
+    assert set(summary["validation"]["tier"]) == {"PD", "SW"}
+    model = LanguageModel.load(recipe.output).model
+    assert model.config.router == "topk"
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_evaluating_ends():
+    """After an error in the middle, a model is under training again, with its own router."""
+    model = SiloForCausalLM(SiloConfig(**RECIPE["model"], router="expert_choice")).train()
+
+    def fail() -> None:
+        with evaluating(model):
+            assert (model.training, model.config.router) == (False, "topk")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (model.training, model.config.router) == (True, "expert_choice")
