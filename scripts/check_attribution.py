@@ -75,7 +75,7 @@ def main(files: tuple[Path, ...], model: Path, store_tokens: int, texts: int, ev
             "weights": WEIGHTS.to_json(),
             "correlation": {way: correlation(seen, way) for way in ("share", "left")},
             "greatest_error": {way: greatest_error(seen, way) for way in ("share", "left")},
-            "greatest_error_of_a_sum": max(pair["error_of_sum"] for pair in observed),
+            "greatest_error_of_sums": max(pair["error_of_sum"] for pair in observed),
             "not_told": {"pairs": len(untold), "greatest_change": max(untold, default=0.0)},
         },
     }
@@ -97,6 +97,7 @@ def predicted(mixture: Mixture, texts: list[Text], every: int) -> Iterator[Pair]
     for number, parts in mixture.read([text.tokens for text in texts]):
         tokens = texts[number].tokens
         leaving = Leaving(parts, tokens, WEIGHTS, concerned([parts], tokens))
+        mixed = parts.distribution(WEIGHTS)
         for index in range(0, parts.end - parts.begin, every):
             token = int(tokens[parts.begin + index])
             shares = mixture.attribute(parts, index, token, WEIGHTS)
@@ -104,11 +105,7 @@ def predicted(mixture: Mixture, texts: list[Text], every: int) -> Iterator[Pair]
             for share in shares:
                 if share.document is not None:
                     of_document[share.document.id] = of_document.get(share.document.id, 0.0) + share.probability
-            p = (
-                float(parts.distribution(WEIGHTS)[index, token])
-                if not index
-                else math.fsum(s.probability for s in shares)
-            )
+            p = float(mixed[index, token])
             error = abs(p - math.fsum(share.probability for share in shares))
             left = {document.id: without for document, without in leaving.at(index).items()}
             for id in sorted(of_document, key=lambda id: -of_document[id])[:DOCUMENTS_A_TOKEN]:

@@ -95,6 +95,9 @@ def main(
     use: list[str], control_tokens: int, nearest: Nearest | None,
 ) -> None:  # fmt: skip
     """Measure, and print one JSON document."""
+    if use not in MIXTURES:
+        expected = "; ".join(",".join(each) for each in MIXTURES)
+        raise click.BadParameter(f"{','.join(use)}; expected one of {expected}", param_hint="--use")
     lm = LanguageModel.load(model)
     permissive, restricted = split(files)
     with nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="silo-equal-text-") as directory:
@@ -224,10 +227,11 @@ def in_store(store: Store, mixture: Mixture, documents: list[Document], tokens: 
 def joined(scores: Sequence[Scores]) -> Scores:
     """The tokens of several samples as one."""
     first = scores[0]
+    near = [(each.distances, each.hits) for each in scores if each.distances is not None and each.hits is not None]
     return Scores(
         {name: torch.cat([each.given[name] for each in scores]) for name in first.given},
-        torch.cat([each.distances for each in scores if each.distances is not None]),
-        torch.cat([each.hits for each in scores if each.hits is not None]),
+        torch.cat([distances for distances, _ in near]) if near else None,
+        torch.cat([hits for _, hits in near]) if near else None,
         {name: torch.cat([each.evidence[name] for each in scores]) for name in first.evidence},
         [length for each in scores for length in each.lengths],
         first.nearest,

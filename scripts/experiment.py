@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pyarrow as pa
 import torch
-from recording import commit
+from recording import commit, files_hash, require_same_run
 from transformers import PreTrainedTokenizerFast
 
 from silo.collect import collect
 from silo.documents import parse_document
-from silo.files import remove_tree, sha256, write_json
+from silo.files import remove_tree, sha256, sha256_file, write_json
+from silo.language_model import fingerprint
 from silo.licensing import DEFAULT_POLICY
 from silo.modeling import SiloForCausalLM
 from silo.routing import Routing, load_of, unevenness
@@ -134,6 +134,7 @@ def prepare(files: Sequence[Path], out: Path) -> tuple[Path, dict[str, list[Path
                 chosen = [line for line in lines if json.loads(line)["split"] == split]
                 (partial / split / f"{_domain(file)}.jsonl").write_bytes(b"".join(chosen))
         partial.rename(text)
+    require_same_run(text, {"files": files_hash(files)})
     if not (out / "corpus").exists():
         collect(
             list(map(str, training)), out / "corpus", against=[str(each) for all in others.values() for each in all]
@@ -226,15 +227,10 @@ def run_once(
     record = directory / "run.json"
     tokens_a_step = settings["batch_size"] * settings["sequence_length"]
     steps = settings["token_budget"] // tokens_a_step
-    if record.exists():
-        found: dict[str, Any] = json.loads(record.read_bytes())
-        asked = {"steps": steps, **{name: settings[name] for name in ("seed", "learning_rate", "expert_learning_rate")}}
-        if asked != (before := {name: found[name] for name in asked}):
-            raise click.ClickException(
-                f"{directory} has a run of {before}, and this is {asked}; give another directory"
-            )
-        return found
     directory.mkdir(parents=True, exist_ok=True)
+    require_same_run(directory, of_what(settings))
+    if record.exists():
+        return dict(json.loads(record.read_bytes()))
     watch = Watch(directory / "curve.json", samples["val"], -(-steps // points), say)
     if not (directory / "model").exists():
         train(Recipe(output=directory / "model", **settings), say, watch)
@@ -256,6 +252,14 @@ def run_once(
     }
     write_json(record, found)
     return found
+
+
+def of_what(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run, as JSON has it: of its files, what they hold."""
+    files = {"corpus": sha256_file(settings["corpus"] / "manifest.json")}
+    if "init" in settings:
+        files["init"] = fingerprint(settings["init"])
+    return dict(json.loads(json.dumps({**settings, **files})))
 
 
 def experts_used(

@@ -10,6 +10,7 @@ from bench.harness import Measured
 from bench.ratios import ratios
 from recording import provenance
 from render_model import columns
+from render_store import large_owner
 
 MIXED = {"mixing": "a small model trained here", "mixing_smollm2": "SmolLM2-135M"}
 SCORED = {"evaluation": "the quickstart's model", "evaluation_smollm2": "SmolLM2-135M"}
@@ -286,13 +287,13 @@ def seconds_of(seconds: float) -> str:
 
 def three(records: dict[str, dict[str, Any]]) -> str:
     """The numbers that matter, for the README: removing, searching and scoring."""
-    gone = records["store"]["result"]["removal"]["large_shard"]
-    few, many = (gone[owners]["beside_syncing"] * 1000 for owners in ("10", "1000"))
+    gone = records["store"]["result"]["removal"]
+    few, many = (gone["large_shard"][owners]["beside_syncing"] * 1000 for owners in ("10", "1000"))
     of = {name: {each.name: each for each in ratios(records[name], name)} for name in records}
     near = of["store"]["neighbours, 2,000 owners / speed of one FAISS index"].measured
     said = [
-        f"Removing the owner of a million tokens takes {few:.0f} ms in a store of 10 owners and {many:.0f} ms in one "
-        "of 1,000, beside the waiting for the disk.",
+        f"Removing {large_owner(gone)} takes {few:.0f} ms in a store of 10 owners and {many:.0f} ms in one of 1,000, "
+        "beside the waiting for the disk.",
     ]
     at_once = records["store"]["result"].get("queries")
     if at_once:  # before it was told, lists were read in another way

@@ -119,15 +119,16 @@ def attribution(record: dict[str, Any]) -> str:
     """Predicted and seen changes of log p when a document is denied."""
     result = record["result"]
     correlation, error, untold = result["correlation"], result["greatest_error"], ""
+    if "greatest_error_of_sums" in result:  # of every token; earlier runs compared a few
+        untold = f" The shares of a token sum to its probability within {result['greatest_error_of_sums']:.0e}."
     if "not_told" in result:
         rest = result["not_told"]
-        untold = f" At {rest['pairs']:,} more the document matters too little to be told of, and log p changed by at "
+        untold += f" At {rest['pairs']:,} more the document matters too little to be told of, and log p changed by at "
         untold += f"most {rest['greatest_change']:.3f}."
     return f"""## Does a share tell what would happen without the document?
 
 {result["documents"]} documents of a store denied one by one; {result["pairs"]:,} tokens of test text in which they \
-have one of the largest shares. Correlation of the predicted change of log p with the one that is seen. The shares \
-of a token sum to its probability within {result["greatest_error_of_a_sum"]:.0e}.{untold}
+have one of the largest shares. Correlation of the predicted change of log p with the one that is seen.{untold}
 
 {provenance(record)}
 

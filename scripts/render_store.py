@@ -18,7 +18,7 @@ def store(record: dict[str, Any]) -> str:
         for owners in blocks["queries_per_second"]
     )
     what = {
-        "large_shard": "the owner of a million tokens",
+        "large_shard": large_owner(removal),
         "document_of_it": "one document of that owner",
         "small_shard": "an owner of few tokens, in a group",
     }
@@ -57,9 +57,15 @@ Seconds that a removal takes, beside those in which it waits for the disk:
 |:---|---:|---:|---:|
 {removals}
 
-For comparison: encoding the owner of a million tokens takes {encoding["large_shard"]:.0f} s, all of the group of \
+For comparison: encoding {large_owner(removal)} takes {encoding["large_shard"]:.0f} s, all of the group of \
 small owners {encoding["group_of_small_shards"]:.0f} s, with the smallest of models.
 """
+
+
+def large_owner(removal: dict[str, Any]) -> str:
+    """Who was removed; older records, of a million tokens all of them, do not say how many there were."""
+    millions = f"{removal.get('tokens', 1_000_000) / 1e6:.1f}"
+    return f"the owner of {'a' if millions == '1.0' else millions} million tokens"
 
 
 def control(record: dict[str, Any]) -> str:

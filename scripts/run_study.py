@@ -24,8 +24,9 @@ import click
 from compare_at_equal_text import Splits, build, say, split
 from recording import made
 
+from eval.perplexity import data_hash
 from eval.studies import copying, licenses, membership, neighbours, opt_out, reliance, routing, store_size
-from eval.studies.subject import Subject
+from eval.studies.subject import Subject, sampled
 from silo.documents import Document
 from silo.language_model import LanguageModel
 from silo.weights import METHODS
@@ -51,7 +52,7 @@ STUDIES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "copying": lambda subject: copying.study(
         subject, prompts=32, prompt=32, written=128, temperature=0, longest_copy=12, progress=told
     ),
-    "reliance": lambda subject: reliance.study(replace(subject, methods=["lm"]), told),
+    "reliance": lambda subject: reliance.study(subject, told),
 }
 """Those that ask a subject, with the sizes that the commands have by default."""
 
@@ -85,14 +86,16 @@ def main(
         subject = Subject(lm, store, ["lm", "knn", "ngram"], test, validation, {}, tokens)
         if study == "opt-out":
             every = [document for domain in restricted.values() for document in domain["test"]]
-            leaving = replace(subject, methods=list(METHODS), test=every)
-            result = opt_out.study(leaving, opt_out.owners_of(leaving, (), owners), told)
+            subject = replace(subject, methods=list(METHODS), test=every)
+            result = opt_out.study(subject, opt_out.owners_of(subject, (), owners), told)
         elif study == "routing":
             domains = {each: of["test"][:documents] for each, of in {**permissive, **restricted}.items()}
             result = routing.study(lm, domains, tokens // len(domains))
+            read = {each: data_hash(sampled(lm, of, tokens // len(domains))) for each, of in domains.items()}
         else:
+            subject = replace(subject, methods=["lm"]) if study == "reliance" else subject
             result = STUDIES[study](subject)
-        described = subject.described()
+        described = subject.described() | ({"test": read} if study == "routing" else {})
     report = {
         **made(files),
         "model": {"name": name, "fingerprint": lm.fingerprint},

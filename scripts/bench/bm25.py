@@ -46,6 +46,8 @@ FINER = 1000.0
 """Pyserini's searcher rounds scores to four decimals; such a boost keeps seven."""
 TOLERANCE = 1e-5
 SIZES = (8_000, 32_000, 128_000)
+BUILDING_ROUNDS = 3
+"""Each takes as long as thousands of queries."""
 
 
 @click.command()
@@ -66,7 +68,7 @@ def main(files: tuple[Path, ...], sizes: tuple[int, ...], queries: int, k: int, 
             root = Path(scratch) / str(size)
             root.mkdir()
             builders, searchers = contestants(root, blocks[:size], asked, k)
-            building = compete(builders, 1, units=dict.fromkeys(builders, size))
+            building = compete(builders, BUILDING_ROUNDS, units=dict.fromkeys(builders, size))
             contests[size] = searching = compete(
                 {name: make() for name, make in searchers.items()},
                 rounds,

@@ -27,6 +27,7 @@ SAME = (
     "shape",
     "context",
     "windows",
+    "huge_pages",
     "megabytes",
     "k",
     "queries",
@@ -47,7 +48,7 @@ class Comparison(NamedTuple):
     better: list[str]
     equal: list[str]
     apart: list[str]
-    """What only one of them has."""
+    """What only one of them has, or was measured in one round."""
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], elsewhere: bool = False) -> list[str]:
@@ -77,8 +78,9 @@ def options(record: dict[str, Any]) -> list[str]:
     words = shlex.split(record["command"])
     found = []
     for word, following in zip(words, [*words[1:], "--"], strict=True):
-        if word.startswith("--") and word not in FREE:
-            found.append(word if following.startswith("--") else f"{word} {following}")
+        if word.startswith("--") and word.partition("=")[0] not in FREE:
+            lone = "=" in word or following.startswith("--")
+            found.append(word.replace("=", " ", 1) if lone else f"{word} {following}")
     return sorted(found)
 
 
@@ -87,7 +89,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     old, new = ({each.name: each for each in ratios(record)} for record in (before, after))
     found = Comparison([], [], [], [f"{name}: only in one of them" for name in sorted(old.keys() ^ new.keys())])
     for name in old:
-        if name in new:
+        if name in new and (old[name].measured.once or new[name].measured.once):
+            found.apart.append(f"{name}: of one round, which has no spread")
+        elif name in new:
             kind = moved(old[name], new[name])
             line = f"{name}: {new[name].measured}, was {old[name].measured}"
             {"worse": found.worse, "better": found.better, "equal": found.equal}[kind].append(line)

@@ -27,7 +27,7 @@ import click
 from recording import files_hash
 from tokenizers import Tokenizer
 
-from bench.harness import BENCH, subject
+from bench.harness import BENCH, Measured, subject
 from silo.audit import audit
 from silo.collect import collect
 from silo.corpus import Corpus
@@ -68,7 +68,7 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> dict[str, Any]
         fourfold = worker("ours", tokenizer, root, heap + [str(root / f"copy{n}.jsonl") for n in (1, 2, 3)])
     seconds = [sum(each["seconds"].values()) for each in ours]
     alone = [each["seconds"]["tokenise"] for each in peer]
-    ratios = [one / other for one, other in zip(seconds, alone, strict=True)]
+    ratio = Measured.of([one / other for one, other in zip(seconds, alone, strict=True)])
     from bench.ceiling import Ceiling, Work  # now that no process starts any more: it loads torch
 
     reached = Ceiling.read(roof).share(Work(bytes=characters), statistics.median(seconds), 1)
@@ -80,8 +80,8 @@ def run(files: tuple[Path, ...], rounds: int, vocab_size: int) -> dict[str, Any]
         "ceiling": roof,
         "result": {
             "ceiling": reached,
-            "ratio": statistics.median(ratios),
-            "ratio_spread": [min(ratios), max(ratios)],
+            "ratio": ratio.value,
+            "ratio_spread": [ratio.low, ratio.high],
             "seconds": {name: statistics.median(each["seconds"][name] for each in ours) for name in ours[0]["seconds"]},
             "seconds_alone": statistics.median(alone),
             "megabytes_per_second": characters / 1e6 / statistics.median(seconds),

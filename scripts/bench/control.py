@@ -1,6 +1,6 @@
 """Which codes lose how much, fitted on permissive or on the store's own text: recall and perplexity.
 
-    python scripts/bench control CORPUS/*.jsonl.zst --model MODEL > scripts/results/control.json
+    python scripts/bench control CORPUS/*.jsonl.zst --model MODEL --name NAME > scripts/results/control.json
 
 The permissive documents of the files' validation split teach centroids and codes; beside them, as a system without
 law 2 would, the store's own keys do. The store is restricted text of the training split, the queries are positions of

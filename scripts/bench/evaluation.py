@@ -82,6 +82,8 @@ def whole_texts(model: LanguageModel, data: Path, tokens: int) -> list[str]:
             count += size
         if count >= tokens:
             break
+    if not found:
+        raise click.ClickException(f"{data} has no document of {PASSAGE_TOKENS} tokens; give longer ones")
     return found
 
 

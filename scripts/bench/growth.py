@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from recording import files_hash
 from bench import ceiling
 from bench.ceiling import Ceiling, Work
 from bench.harness import Contest, Measured, compete, exponent, moved, say, subject
-from bench.mixing_store import borrowing_keys
+from bench.mixing_store import borrowing_keys, documents_hash, kept
 from bench.store import LARGE, build, control_plane, once, owned, work_of_a_search
 from datastore.control import ControlPlane
 from datastore.shard import Encoded
@@ -113,42 +113,35 @@ def make_stores(
 ) -> tuple[dict[int, Store], dict[int, Store]]:
     """Stores of so many tokens, each document its author's; and of so many owners who share some tokens."""
     tokens, owners, owned_tokens = sizes
-    paths = {size: root / f"tokens-{size}" for size in tokens}, {n: root / f"owners-{n}" for n in owners}
-    if not all(path.exists() for of in paths for path in of.values()):
+
+    @cache
+    def texts() -> tuple[ControlPlane, list[Encoded]]:
         plane = control_plane(lm, permissive)
         with tempfile.TemporaryDirectory() as scratch:
             maker = Store.create(Path(scratch) / "maker", lm, model / "tokenizer.json", plane)
-            encoded = borrowing_keys(maker, lm, restricted, max([*tokens, 2 * owned_tokens]), OWN_KEYS)
-        fill(paths, lm, model, plane, encoded, owned_tokens)
-    by_tokens, by_owners = ({size: Store.open(path) for size, path in of.items()} for of in paths)
-    return by_tokens, by_owners
+            return plane, borrowing_keys(maker, lm, restricted, max([*tokens, 2 * owned_tokens]), OWN_KEYS)
 
+    def upto(size: int) -> int:
+        return int(np.searchsorted(np.cumsum([len(each.tokens) for each in texts()[1]]), size)) + 1
 
-def fill(
-    paths: tuple[dict[int, Path], dict[int, Path]],
-    lm: LanguageModel,
-    model: Path,
-    plane: ControlPlane,
-    encoded: list[Encoded],
-    owned_tokens: int,
-) -> None:
-    """Write all stores whose directories are not there."""
-    ends = np.cumsum([len(each.tokens) for each in encoded])
+    def authors(size: int, path: Path) -> None:
+        store = Store.create(path, lm, model / "tokenizer.json", texts()[0])
+        store.insert(texts()[1][: upto(size)])
+        say(f"{size:,} tokens: {len(store.manifest.groups)} groups")
 
-    def upto(tokens: int) -> int:
-        return int(np.searchsorted(ends, tokens)) + 1
+    def owned_by(n: int, path: Path) -> None:
+        cut, end = upto(owned_tokens), upto(2 * owned_tokens)
+        store = build(path, lm, model, texts()[0], texts()[1][:cut], n)
+        store.insert([owned(each, LARGE) for each in texts()[1][cut:end]])
 
-    by_tokens, by_owners = paths
-    for size, path in by_tokens.items():
-        if not path.exists():
-            store = Store.create(path, lm, model / "tokenizer.json", plane)
-            store.insert(encoded[: upto(size)])
-            say(f"{size:,} tokens: {len(store.manifest.groups)} groups")
-    cut = upto(owned_tokens)
-    for n, path in by_owners.items():
-        if not path.exists():
-            store = build(path, lm, model, plane, encoded[:cut], n)
-            store.insert([owned(each, LARGE) for each in encoded[cut : upto(2 * owned_tokens)]])
+    what = {"documents": documents_hash(restricted), "model": lm.fingerprint, "own_keys": OWN_KEYS}
+    return (
+        {size: kept(root / f"tokens-{size}", {**what, "tokens": size}, partial(authors, size)) for size in tokens},
+        {
+            n: kept(root / f"owners-{n}", {**what, "owners": n, "tokens": owned_tokens}, partial(owned_by, n))
+            for n in owners
+        },
+    )
 
 
 class Asked:

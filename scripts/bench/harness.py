@@ -54,6 +54,11 @@ class Measured(NamedTuple):
         low, middle, high = statistics.quantiles(values, n=4)
         return cls(middle, max(low, min(values)), min(high, max(values)))
 
+    @property
+    def once(self) -> bool:
+        """Whether it has no spread, as of one round."""
+        return self.low == self.high
+
     def __str__(self) -> str:
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 

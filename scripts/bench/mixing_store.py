@@ -1,4 +1,4 @@
-"""The store and the held-out text of the bench of mixing.
+"""Stores that benches keep from one run to the next, and the held-out text of the bench of mixing.
 
 What a search costs does not hang on whether keys are the right ones. So with a model that would take hours to read all
 text, the keys of the first documents are used for the others too, their codes changed a little. Tokens, blocks and
@@ -7,10 +7,12 @@ suffixes are always those of the documents themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import click
 import numpy as np
 
 from bench.control import read
@@ -19,7 +21,7 @@ from datastore.control import ControlPlane
 from datastore.shard import Encoded, token_type
 from datastore.store import Store
 from silo.documents import Document
-from silo.files import sha256
+from silo.files import read_json, remove_tree, sha256, write_json
 from silo.language_model import LanguageModel
 from silo.licensing import DEFAULT_POLICY
 
@@ -53,8 +55,33 @@ def read_corpus(files: Sequence[Path]) -> Corpus:
 
 def make_store(path: Path, lm: LanguageModel, model: Path, corpus: Corpus, tokens: int, encoded: int) -> Store:
     """A store of the first restricted documents of so many tokens, the first of them with keys of their own."""
-    if path.exists():
-        return Store.open(path)
+    what = {"documents": documents_hash(corpus.store), "model": lm.fingerprint, "tokens": tokens, "encoded": encoded}
+    return kept(path, what, partial(_fill, lm, model, corpus, tokens, encoded))
+
+
+def kept(path: Path, what: dict[str, Any], make: Callable[[Path], Any]) -> Store:
+    """A store that is there, or is made now, whole or not at all; beside it lies what it is of, so that none is taken
+    for another. Raises :class:`click.ClickException` if it is of something else."""
+    note = path.with_name(f"{path.name}.json")
+    if not path.exists():
+        unfinished = path.with_name(f".{path.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_tree(unfinished)
+        make(unfinished)
+        write_json(note, what)
+        unfinished.rename(path)
+    before = read_json(note) if note.exists() else "nobody knows what"
+    if before != what:
+        raise click.ClickException(f"{path} is a store of {before}, and this is {what}; give another directory")
+    return Store.open(path)
+
+
+def documents_hash(documents: Sequence[Document]) -> str:
+    """What some documents are, in their order."""
+    return sha256("\n".join(each.content_hash for each in documents).encode())
+
+
+def _fill(lm: LanguageModel, model: Path, corpus: Corpus, tokens: int, encoded: int, path: Path) -> None:
     keys, held = [], 0
     for document in corpus.control:
         if held >= CONTROL_KEYS:
@@ -65,7 +92,6 @@ def make_store(path: Path, lm: LanguageModel, model: Path, corpus: Corpus, token
     say(f"{len(store.control.centroids)} lists of {held:,} keys")
     store.insert(borrowing_keys(store, lm, corpus.store, tokens, encoded))
     say(f"{store.describe()['tokens']:,} tokens, {len(store.manifest.groups)} groups")
-    return store
 
 
 def borrowing_keys(
@@ -89,4 +115,14 @@ def borrowing_keys(
             moved = codes[rows] + random.integers(-NOISE, NOISE + 1, (len(ids), codes.shape[1]), dtype=np.int16)
             made.append(Encoded.make(document, ids, lists[rows], moved.clip(0, 255).astype(np.uint8)))
         held += len(made[-1].tokens)
+    require_tokens(held, tokens)
     return made
+
+
+def require_tokens(held: int, wanted: int) -> None:
+    """Raise :class:`click.ClickException` if there is too little text for the size that would be told."""
+    if held < wanted:
+        raise click.ClickException(
+            f"the files have {held:,} tokens of restricted text, and {wanted:,} are wanted; give more files, or ask "
+            "for fewer tokens"
+        )

@@ -34,6 +34,7 @@ from recording import files_hash
 from bench import ceiling
 from bench.ceiling import Work
 from bench.harness import Contest, Judge, compete, say, subject
+from bench.mixing_store import require_tokens
 from bench.nearness import as_near, decided
 from datastore.control import ControlPlane
 from datastore.shard import Encoded
@@ -146,6 +147,7 @@ def encode(store: Store, lm: LanguageModel, documents: list[Document], tokens: i
             break
         encoded.append(store.encode(document, lm))
         held += len(encoded[-1].tokens)
+    require_tokens(held, tokens)
     return encoded
 
 
@@ -271,8 +273,8 @@ def removal(
     root: Path, stores: dict[int, Store], large: list[Encoded], rounds: int, seconds_a_key: float
 ) -> dict[str, Any]:
     """Seconds to remove the large owner, one document of it, and a small owner, beside the time that syncing took."""
-    found: dict[str, Any] = {}
     tokens = sum(len(each.tokens) for each in large)
+    found: dict[str, Any] = {"tokens": tokens}
     for n in (10, 1000):
         stores[n].insert(large)
         what = {

@@ -111,6 +111,26 @@ def test_what_changes_no_work_may_differ(bench, store, capsys):
     assert capsys.readouterr().err.splitlines()[0] == f"note: faiss-cpu was {was} and is 99"
 
 
+def test_one_round_has_no_spread(bench, store, capsys):
+    """A ratio of one round is neither equal nor worse: nobody knows by how much it wavers."""
+    other = slower(store, 2)
+    other["result"]["neighbours"]["spread"]["200"] = 2 * [other["result"]["neighbours"]["ratio_to_merged"]["200"]]
+    bench("check").settle(store, other)
+    said = capsys.readouterr().err
+    assert "not compared: neighbours, 200 owners / speed of one FAISS index: of one round" in said
+    assert "11 equal within their spread, 1 not compared" in said
+
+
+@pytest.mark.parametrize("typed", ["--rounds=9", "--check=store.json", "--check store.json --rounds 9"])
+def test_options_may_be_typed_with_an_equals_sign(bench, store, typed):
+    """What changes no work is no difference, however it is typed; what changes some is the same both ways."""
+    check = bench("check")
+    assert check.differences(store, store | {"command": f"{store['command']} {typed}"}) == []
+    both = [store | {"command": f"{store['command']} --tokens{sign}5"} for sign in ("=", " ")]
+    assert check.differences(*both) == []
+    assert check.differences(store, both[0])
+
+
 def test_what_only_one_run_has_is_told(bench, store, capsys):
     """A number without its like is not passed over in silence."""
     other = copy.deepcopy(store)

@@ -91,6 +91,16 @@ def test_a_run_over_small_stores(growth, small):
     made = {path: path.stat().st_mtime_ns for path in stores.rglob("*")}
     run(growth, typed)
     assert {path: path.stat().st_mtime_ns for path in stores.rglob("*")} == made
+    other = CliRunner().invoke(growth.main, [*typed, "--owned-tokens=5000"])
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert "owners-4 is a store of" in other.stderr
+
+
+def test_a_size_that_the_text_has_not_is_refused(growth, small):
+    """More tokens than there are in the files are not told as if they were there."""
+    done = CliRunner().invoke(growth.main, [*small, *(f"--tokens={n}" for n in (1000, 2000, 10_000_000))])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "tokens of restricted text, and 10,000,000 are wanted" in done.stderr
 
 
 def test_opening_beside_faiss(growth, small, monkeypatch):
