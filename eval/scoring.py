@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from eval.protocols import Protocol, Reading
+from silo.language_model import has_plain_head
 from silo.products import linear
 from silo.windows import Window
 
@@ -50,7 +51,7 @@ class Scorer:
         """
         self.model = model.eval()
         self.start_token = start_token
-        self.plain_head = _has_plain_head(model)
+        self.plain_head = has_plain_head(model)
 
     def score(
         self, texts: Sequence[np.ndarray], protocol: Protocol, *, progress: Progress | None = None
@@ -152,19 +153,6 @@ def onednn_products(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in found:
             setattr(parent, name, child)
-
-
-@torch.inference_mode()
-def _has_plain_head(model: Any) -> bool:
-    """Whether logits are states times a matrix and nothing more; some models scale them or cap them."""
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None or model.base_model is model:
-        return False
-    ids = torch.arange(8).unsqueeze(0) % model.config.vocab_size
-    states = model.base_model(ids, use_cache=False)[0]
-    logits = model(ids, use_cache=False).logits
-    ours = states @ head.weight.t() if states.shape[-1] == head.weight.shape[1] else None
-    return ours is not None and ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-4, atol=1e-4)
 
 
 def _batches(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:

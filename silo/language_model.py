@@ -8,7 +8,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ REQUIRED = ("config.json", "tokenizer.json")
 FINGERPRINTED = (*REQUIRED, "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
+Head = Callable[[torch.Tensor], torch.Tensor]
 Cut = Callable[[int], list[Window]]
 """From the length of a document to the windows that it is read in."""
 
@@ -52,6 +53,20 @@ class KeySpec:
     """Inputs a window, in tokens."""
     stride: int
     """Inputs by which windows advance, in tokens."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Some positions that a model has read, but for its head, whose logits are many times as wide as its states."""
+
+    states: torch.Tensor
+    """(n, hidden); or logits where the head is more than one matrix."""
+    head: Head | None
+
+    @torch.inference_mode()
+    def logits(self) -> torch.Tensor:
+        """(n, vocabulary), not normalised."""
+        return self.states if self.head is None else self.head(self.states)
 
 
 class LanguageModel:
@@ -81,8 +96,9 @@ class LanguageModel:
         self.last_ffn = None if self.ours else last_ffn(model)
         layer = key_layer or ("last_ffn_input" if self.ours or self.last_ffn is not None else "last_hidden_state")
         self._check_key_layer(layer)
-        self.key_spec = KeySpec(layer, config.hidden_size, context, context * 3 // 4)
-        self.cut: Cut = partial(windows, context=context, stride=context * 3 // 4)
+        stride = max(1, context * 3 // 4)
+        self.key_spec = KeySpec(layer, config.hidden_size, context, stride)
+        self.cut: Cut = partial(windows, context=context, stride=stride)
 
     def _check_key_layer(self, layer: str) -> None:
         if layer not in KEY_LAYERS:
@@ -157,8 +173,10 @@ class LanguageModel:
     @torch.inference_mode()
     def key_batches(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """The same, some positions at a time."""
-        for keys, _ in self._run(self.inputs(tokens), logits=False):
-            yield keys
+        inputs = self.inputs(tokens)
+        for batch in _batches(self.cut(len(inputs))):
+            keys, _ = self._forward(_stacked(inputs, batch), logits=False)
+            yield _kept(keys, batch).numpy()
 
     @torch.inference_mode()
     def score(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -167,10 +185,14 @@ class LanguageModel:
         for keys, logits in self.logits(tokens):
             yield keys, torch.log_softmax(logits.float(), dim=-1)
 
-    @torch.inference_mode()
     def logits(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """The same with logits, which are not normalised."""
-        yield from self._run(self.inputs(tokens), logits=True)
+        for keys, unread in self.ahead(tokens):
+            yield keys, unread.logits()
+
+    def ahead(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, Unread]]:
+        """The same with logits that are made when they are asked for."""
+        yield from self._run(self.inputs(tokens))
 
     @torch.inference_mode()
     def log_probabilities(self, inputs: torch.Tensor, keep: int, states: Cache | None = None) -> torch.Tensor:
@@ -181,10 +203,10 @@ class LanguageModel:
         out = self.model(inputs, logits_to_keep=keep, past_key_values=states, use_cache=states is not None)
         return torch.log_softmax(out.logits.float(), dim=-1)
 
-    @torch.inference_mode()
     def read(self, inputs: torch.Tensor, first: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """As :meth:`logits`, after each of some inputs (n,) of any kind, from number ``first`` on."""
-        yield from self._run(inputs, logits=True, first=first)
+        for keys, unread in self._run(inputs, first):
+            yield keys, unread.logits()
 
     @torch.inference_mode()
     def read_on(
@@ -212,11 +234,32 @@ class LanguageModel:
         """An empty memory of what the model reads, for :meth:`read_on` and :meth:`log_probabilities`."""
         return DynamicCache(config=self.model.config)
 
-    def _run(self, inputs: torch.Tensor, *, logits: bool, first: int = 0) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    @torch.inference_mode()
+    def _run(self, inputs: torch.Tensor, first: int = 0) -> Iterator[tuple[np.ndarray, Unread]]:
         cut = [w._replace(first=max(w.first, first)) for w in self.cut(len(inputs)) if w.end > first]
         for batch in _batches(cut):
-            keys, scores = self._forward(torch.stack([inputs[w.begin : w.end] for w in batch]), logits=logits)
-            yield _kept(keys, batch).numpy(), _kept(scores, batch) if logits else scores
+            keys, states = self._states(_stacked(inputs, batch))
+            yield _kept(keys, batch).numpy(), Unread(_kept(states, batch), self._head)
+
+    @cached_property
+    def _head(self) -> Head | None:
+        """What makes logits of the last states, if that is one matrix and nothing more."""
+        return self.model.get_output_embeddings() if has_plain_head(self.model) else None
+
+    def _states(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (batch, time, dimension), and the last states, or logits where there is no plain head."""
+        if self._head is None:
+            return self._forward(batch, logits=True)
+        body: Any = self.model.base_model
+        if self.ours:
+            states, keys, *_ = body(batch, use_cache=False)
+            return keys.float(), states
+        if self.key_spec.layer == "last_hidden_state":
+            out = body(batch, use_cache=False, output_hidden_states=True)
+            return out.hidden_states[-1].float(), out[0]
+        with input_of(self.last_ffn) as seen:
+            out = body(batch, use_cache=False)
+        return seen[0].float(), out[0]
 
     def _forward(
         self, batch: torch.Tensor, *, logits: bool, keep: int = 0, use_cache: bool = False, **reading: Any
@@ -237,6 +280,19 @@ class LanguageModel:
     def describe(self) -> dict[str, object]:
         """What a store remembers of the model that made its keys."""
         return {"fingerprint": self.fingerprint, "key_spec": asdict(self.key_spec)}
+
+
+@torch.inference_mode()
+def has_plain_head(model: Any) -> bool:
+    """Whether logits are states times a matrix and nothing more; some models scale them or cap them."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None or model.base_model is model:
+        return False
+    ids = torch.arange(8).unsqueeze(0) % model.config.vocab_size
+    states = model.base_model(ids, use_cache=False)[0]
+    logits = model(ids, use_cache=False).logits
+    ours = states @ head.weight.t() if states.shape[-1] == head.weight.shape[1] else None
+    return ours is not None and ours.shape == logits.shape and torch.allclose(ours, logits, rtol=1e-4, atol=1e-4)
 
 
 def last_ffn(model: PreTrainedModel) -> nn.Module | None:
@@ -288,6 +344,11 @@ def _batches(cut: list[Window]) -> Iterator[list[Window]]:
         run = list(same)
         for at in range(0, len(run), WINDOWS_PER_BATCH):
             yield run[at : at + WINDOWS_PER_BATCH]
+
+
+def _stacked(inputs: torch.Tensor, batch: list[Window]) -> torch.Tensor:
+    """The inputs (n,) of windows of one length, (windows, time)."""
+    return torch.stack([inputs[w.begin : w.end] for w in batch])
 
 
 def _kept(tensor: torch.Tensor, batch: list[Window]) -> torch.Tensor:

@@ -5,15 +5,16 @@ Nothing here knows how neighbours, blocks or n-grams are found: a datastore hand
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from silo.in_context import BlockReading, InContext, read_in_context
-from silo.language_model import LanguageModel
+from silo.language_model import LanguageModel, Unread
 from silo.mixing import interpolate
 from silo.nearest import USUAL, Asked, Nearest, read_neighbours
 from silo.past import Past
@@ -23,9 +24,12 @@ from silo.weights import METHODS, Weighing
 
 MATCHED_TOKENS = 1 << 16
 """Documents of so many tokens together are matched in one pass of the ∞-gram."""
-AHEAD_LOGITS = 1 << 27
-"""The model's logits in float32 that wait for the neighbours of their positions: 512 MB. The more positions are asked
-for at a time, the less each costs."""
+AHEAD = 1 << 14
+"""Positions that are read before their neighbours are looked up. The more are asked for at a time, the less each costs;
+so many are searched for at once (:mod:`datastore.knn`)."""
+AHEAD_NUMBERS = 1 << 27
+"""What waits of them meanwhile, in float32, at most: 512 MB. That is states, or logits where these decide about a
+search or the model's head is no plain one."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class _Piece:
 
     document: int
     begin: int
+    numbers: int
+    """In float32, that wait with it."""
     asked: Asked
 
 
@@ -172,28 +178,30 @@ class Mixture:
         current, past = -1, Past()
         for pieces in self._ahead(documents):
             readings = self.read_neighbours([piece.asked for piece in pieces])
-            for piece, knn in zip(pieces, readings, strict=True):
+            for knn in readings:
+                piece = pieces.popleft()  # and with it goes what its model says
                 if piece.document != current:
                     current, past = piece.document, Past()
                 asked, begin, end = piece.asked, piece.begin, piece.begin + len(piece.asked.keys)
                 ric = self._read_blocks(documents[current], begin, end)
-                yield current, past.join(Parts(begin, end, asked.lm, knn, ric, asked.ngram), documents[current])
+                yield current, past.join(Parts(begin, end, asked.lm(), knn, ric, asked.ngram), documents[current])
 
     def _read_blocks(self, tokens: np.ndarray, begin: int, end: int) -> BlockReading | None:
         if self.blocks is None:
             return None
         return read_in_context(self.model, self.blocks, tokens, begin, end, self.in_context)
 
-    def _ahead(self, documents: Sequence[np.ndarray]) -> Iterator[list[_Piece]]:
-        """Read by model and ∞-gram, as far ahead as memory allows."""
-        ahead: list[_Piece] = []
-        numbers = 0
+    def _ahead(self, documents: Sequence[np.ndarray]) -> Iterator[deque[_Piece]]:
+        """Read by model and ∞-gram, as far ahead as is of use and memory allows."""
+        ahead: deque[_Piece] = deque()
+        positions = numbers = 0
         for piece in self._pieces(documents):
             ahead.append(piece)
-            numbers += piece.asked.lm.logits.numel()
-            if self.neighbours is None or numbers > AHEAD_LOGITS:
+            positions += len(piece.asked.keys)
+            numbers += piece.numbers
+            if self.neighbours is None or positions >= AHEAD or numbers >= AHEAD_NUMBERS:
                 yield ahead
-                ahead, numbers = [], 0
+                ahead, positions, numbers = deque(), 0, 0
         if ahead:
             yield ahead
 
@@ -216,14 +224,21 @@ class Mixture:
     ) -> Iterator[_Piece]:
         """The same for one document, whose contexts begin with number ``first`` of the matches."""
         begin = 0
-        for keys, logits in self.model.logits(tokens):
-            end = begin + len(logits)
+        for keys, unread in self.model.ahead(tokens):
+            end = begin + len(keys)
             ngram, own = None, tokens[begin:end]
             if matches is not None and self.ngrams is not None:
                 contexts = np.arange(first + begin, first + end)
                 ngram = NgramReading(matches, self.ngrams, contexts, torch.from_numpy(own.astype(np.int64)))
-            yield _Piece(number, begin, Asked(keys, own, ModelReading.of(logits), ngram))
+            lm = cache(partial(_read, unread))
+            numbers = keys.size + len(keys) * (self.model.vocab_size if self._early else unread.states.shape[1])
+            yield _Piece(number, begin, numbers, Asked(keys, own, lm, ngram))
             begin = end
+
+    @property
+    def _early(self) -> bool:
+        """Whether what the model says is asked for before the neighbours are, and so waits for them."""
+        return self.nearest.spare is not None and self.nearest.spare.asks_the_model
 
     def read_neighbours(self, pieces: Sequence[Asked]) -> Sequence[NeighbourReading | None]:
         """What the neighbours say of some pieces; None of each if neighbours are not used."""
@@ -237,6 +252,10 @@ class Mixture:
         The shares sum to the mixture's probability; what a method leaves is the model's.
         """
         return attribute(parts, index, token, weighing, parts.evidence())
+
+
+def _read(unread: Unread) -> ModelReading:
+    return ModelReading.of(unread.logits())
 
 
 def attribute(parts: Parts, index: int, token: int, weighing: Weighing, evidence: Evidence) -> list[Share]:

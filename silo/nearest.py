@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from numbers import Integral
@@ -34,7 +34,8 @@ class Asked:
     """(n, d) float32."""
     tokens: np.ndarray
     """(n,) what the text has there; the last is not looked at."""
-    lm: ModelReading
+    lm: Callable[[], ModelReading]
+    """What the model says: made when it is asked for, since it is as wide as the vocabulary."""
     ngram: NgramReading | None
 
 
@@ -57,21 +58,28 @@ class Spare:
         if self.steps < 0 or self.pointers < 1:
             raise UsageError(f"{self.steps} steps with {self.pointers} pointers; expected 0 or more, and at least 1")
 
+    @property
+    def asks_the_model(self) -> bool:
+        """Whether what the model says decides about a search."""
+        return self.sure < math.inf
+
     def neighbours(self, source: NeighbourSource, pieces: Sequence[Asked], k: int) -> Neighbours:
         """The neighbours of all positions of some pieces, end to end. None is followed from one piece to the next."""
         keys = np.concatenate([piece.keys for piece in pieces])
-        where = np.concatenate([self.wanted(piece.lm, piece.ngram) for piece in pieces])
+        where = np.concatenate([self.wanted(piece) for piece in pieces])
         if not self.steps:
             return Scattered(source.search(keys[where], k), where)
         tokens = np.concatenate([piece.tokens for piece in pieces])
         turns = np.concatenate([np.arange(len(piece.keys)) % (self.steps + 1) for piece in pieces])
         return source.follow(keys, tokens, k, turns=turns, pointers=self.pointers, wanted=where)
 
-    def wanted(self, lm: ModelReading, ngram: NgramReading | None) -> np.ndarray:
+    def wanted(self, piece: Asked) -> np.ndarray:
         """(n,) bool: where there are to be neighbours."""
-        spared = lm.top.exp().numpy() >= self.sure
-        if ngram is not None:
-            matches, at = ngram.matches, ngram.contexts
+        spared = np.zeros(len(piece.keys), dtype=bool)
+        if self.asks_the_model:
+            spared |= piece.lm().top.exp().numpy() >= self.sure
+        if piece.ngram is not None:
+            matches, at = piece.ngram.matches, piece.ngram.contexts
             spared |= (matches.lengths[at] >= self.suffix) & (matches.single[at] >= 0)
         return ~spared
 

@@ -103,11 +103,16 @@ class MixtureCache(DynamicCache):
         self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last inputs. Reading on from there costs a reading of all."""
-        if tokens_to_remove:
-            for row in self.rows:
-                row.cut(len(row.inputs) - tokens_to_remove)
-            self.states, self.width = None, self.width - tokens_to_remove
+        """Forget the last inputs, as many as a negative number says; all but as many as a positive one says, which is
+        how earlier versions of transformers ask. Reading on from there costs a reading of all."""
+        left = min(tokens_to_remove, self.width) if tokens_to_remove > 0 else max(0, self.width + tokens_to_remove)
+        if left == self.width:
+            return
+        for row in self.rows:
+            row.cut(len(row.inputs) - (self.width - left))
+        self.states, self.width = None, left
+        if not left:  # as new: what comes next begins the texts
+            self.rows = []
 
 
 class Reader:
@@ -194,7 +199,7 @@ class Reader:
         for (start, _), asked, knn in zip(spans, pieces, self.mixture.read_neighbours(pieces), strict=True):
             begin = row.position(start)
             end = begin + len(asked.keys)
-            parts = Parts(begin, end, asked.lm, knn, self._blocks(row, begin, end), asked.ngram)
+            parts = Parts(begin, end, asked.lm(), knn, self._blocks(row, begin, end), asked.ngram)
             if self.history:
                 parts = row.past.join(parts, row.tokens)
             if start >= first:
@@ -205,7 +210,8 @@ class Reader:
         begin = row.position(start)
         end = begin + len(keys)
         tokens = np.append(row.tokens[begin : end - 1], 0)  # the last may not be there yet
-        return Asked(keys, tokens, ModelReading.of(logits), self._ngrams(row, begin, end))
+        lm = ModelReading.of(logits)
+        return Asked(keys, tokens, lambda: lm, self._ngrams(row, begin, end))
 
     def _ngrams(self, row: Row, begin: int, end: int) -> NgramReading | None:
         """Match the contexts of some positions, which come after those that were matched before."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from silo.errors import UsageError
+
 
 class Window(NamedTuple):
     """Inputs ``begin`` to ``end`` go through the model; positions ``first`` to ``end`` are kept of what comes out."""
@@ -26,7 +28,12 @@ def windows(length: int, *, context: int, stride: int) -> list[Window]:
 
     >>> windows(10, context=4, stride=3)
     [Window(begin=0, first=0, end=4), Window(begin=3, first=4, end=7), Window(begin=6, first=7, end=10)]
+
+    Raises:
+        UsageError: windows would not advance.
     """
+    if stride < 1:
+        raise UsageError(f"windows that advance by {stride} tokens; expected at least 1")
     result: list[Window] = []
     first, end = 0, min(context, length)
     while first < length:

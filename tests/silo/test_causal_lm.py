@@ -16,6 +16,7 @@ from silo.gate import HIDDEN, Gate
 from silo.in_context import InContext
 from silo.mixture import Mixture
 from silo.past import KNOWN
+from silo.streaming import MixtureCache
 from silo.weights import METHODS, Weighing, Weights
 
 WEIGHTS = Weights({"lm": 0.4, "knn": 0.3, "ric": 0.2, "ngram": 0.1}, 4.0)
@@ -117,20 +118,35 @@ def test_reading_on_equals_reading_at_once(lm, model, text, pieces):
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("told", ["how many go", "how many stay"])
 @pytest.mark.parametrize("cut", [1, 7, 30])
-def test_what_was_cut_is_forgotten(lm, model, text, cut):
+def test_what_was_cut_is_forgotten(lm, model, text, cut, told):
     """Inputs that are taken back, as when a draft is rejected, and others in their place: as if read at once."""
     ids = given(model, text[:62])
     draft = torch.cat([ids[:, :25], ids[:, 25:55].flip(1)], dim=1)
     out = lm(draft, use_cache=True)
     cache = out.past_key_values
     lm(ids[:, 55:56], past_key_values=cache, use_cache=True)
-    cache.crop(1 + cut)
+    cache.crop(-1 - cut if told == "how many go" else 55 - cut)
     kept = torch.cat([draft[:, : 55 - cut], ids[:, 55:58]], dim=1)
     first = lm(kept[:, 55 - cut : -1], past_key_values=cache, use_cache=True).logits
     then = lm(kept[:, -1:], past_key_values=cache, use_cache=True).logits
     whole = lm(kept).logits[:, -3:]
     torch.testing.assert_close(torch.cat([first, then], dim=1), whole, rtol=0, atol=1e-5)
+
+
+def test_all_may_be_cut_or_nothing(lm, model, text):
+    """A cut of no inputs, or to more than there are, changes nothing; after one of all, a text can be begun anew."""
+    ids = given(model, text[:20])
+    out = lm(ids, use_cache=True)
+    cache = out.past_key_values
+    for nothing in (0, 21, 100):
+        cache.crop(nothing)
+        assert cache.get_seq_length() == 21
+    cache.crop(-21)
+    assert cache.get_seq_length() == 0
+    again = lm(ids, past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(again.logits, out.logits, rtol=0, atol=1e-5)
 
 
 def test_reading_on_past_the_context(mixture, model, text):
@@ -195,6 +211,19 @@ def test_generate_is_greedy(lm, model, text):
     both = lm.generate(torch.cat([padded, other]), attention_mask=mask, **options)
     assert both[0, 6:].tolist() == wanted
     assert both[1].tolist() == greedy(lm, other, 20)
+
+
+def test_drafts_change_nothing(lm, model, text, monkeypatch):
+    """Drafts that are looked up in the prompt, of which some tokens are rejected, lead to the greedy text."""
+    cropped, crop = [], MixtureCache.crop
+    monkeypatch.setattr(MixtureCache, "crop", lambda cache, count: cropped.append(count) or crop(cache, count))
+    for length in (12, 35):
+        ids = given(model, text[:length])
+        options = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        drafted = lm.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=3, **options)
+        assert drafted[0].tolist() == greedy(lm, ids, 25)
+    assert any(cropped), "no token was rejected"
+    assert len(cropped) < 50, "no token was taken over"
 
 
 def test_generate_by_beams_and_by_chance(lm, model, text):

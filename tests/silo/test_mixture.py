@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import silo.mixture
 from datastore import groups
 from datastore.ngrams import NgramIndex
 from datastore.store import Store
 from silo.in_context import read_in_context
+from silo.language_model import Unread
 from silo.mixture import Mixture, Parts
-from silo.nearest import Nearest
+from silo.nearest import Nearest, Spare
 from silo.retrieval import SourceDocument
 from silo.weights import METHODS, Weights
 
@@ -262,6 +264,33 @@ def test_a_later_token_changes_nothing_before_it(mixture, parts, tokens, changed
     # And the change is one: what follows is not as it was.
     logits = [torch.cat([part.lm.logits for part in each]) for each in (parts, after)]
     assert (logits[1] - logits[0])[changed_at + 1 :].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("nearest", "early"),
+    [(None, False), (Nearest(spare=Spare(suffix=3)), False), (Nearest(spare=Spare(sure=0.9)), True)],
+)
+def test_what_the_model_says_waits_only_where_it_decides(model, store, documents, monkeypatch, nearest, early):
+    """Positions are read far ahead of their neighbours, and their logits are made when their turn comes; before, where
+    they decide about a search. However far ahead is read, the bits are the same."""
+    texts = [model.tokenize(document) for document in documents[4:8]]
+    made, logits = [], Unread.logits
+    monkeypatch.setattr(Unread, "logits", lambda unread: made.append(None) or logits(unread))
+    results, seen = [], []
+    for ahead in (silo.mixture.AHEAD, 1):
+        monkeypatch.setattr(silo.mixture, "AHEAD", ahead)
+        made.clear()
+        of = []
+        for number, (_, parts) in enumerate(store.mixture(model, ("lm", "knn"), nearest=nearest).read(texts), start=1):
+            of.append(parts.distribution(Weights({"lm": 0.5, "knn": 0.5}, 4.0)))
+            seen.append((len(made), number))
+        results.append(of)
+        assert len(of) == len(made)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    first = seen[: len(results[0])]
+    assert len(first) > 3
+    assert (first == [(len(first), number) for _, number in first]) is early
+    assert (first == [(number, number) for _, number in first]) is not early
 
 
 def test_without_a_store_it_is_the_model(model, tokens):

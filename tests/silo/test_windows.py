@@ -1,8 +1,10 @@
 """Windows: every position once, with a long enough past."""
 
+import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from silo.errors import UsageError
 from silo.windows import windows
 
 
@@ -22,6 +24,12 @@ def test_every_position_once_with_context(length: int, context: int, stride: int
             assert window.first - window.begin >= context - stride
     # Nothing smaller would do: the count is that of one full window and strides for the rest.
     assert len(cut) == (0 if not length else 1 + -(-max(0, length - context) // stride))
+
+
+def test_windows_that_would_not_advance_are_refused():
+    """A stride of 0 is an error, and no loop without end."""
+    with pytest.raises(UsageError, match="advance by 0 tokens; expected at least 1"):
+        windows(3, context=1, stride=0)
 
 
 @given(st.integers(1, 300), st.integers(2, 70), st.data())
