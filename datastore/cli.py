@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from silo.cli import reports
@@ -234,7 +235,7 @@ def render_shards(value: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("shard", "licences") else "right", overflow="fold")
     for row in value["shards"]:
         numbers = (f"{row[name]:,}" for name in ("documents", "tokens", "bytes"))
-        table.add_row(row["shard"], ", ".join(row["licenses"]), *numbers)
+        table.add_row(escape(row["shard"]), escape(", ".join(row["licenses"])), *numbers)
     Console().print(table)
 
 
@@ -260,7 +261,8 @@ def list_shards(store: Path) -> dict[str, Any]:
 def verify(store: Path, deep: bool, absent: Path | None, model: Path | None) -> dict[str, Any]:
     """Check every checksum, the log's chain, every receipt and signature; exit 1 and name the file if one is wrong.
 
-    With --absent it exits 1 too where a run of a document's bytes, tokens, shingles or codes is found.
+    With --absent it exits 1 too where a run of a document's bytes, tokens, shingles or codes is found, also in what an
+    unfinished add has encoded.
     """
     from datastore.store import Store
     from silo.documents import read_documents
@@ -281,6 +283,7 @@ def verify(store: Path, deep: bool, absent: Path | None, model: Path | None) -> 
 
 def require_absent(store: Store, documents: list[Document], model: Path | None) -> int:
     """How many documents are nowhere in a store. Raises :class:`IntegrityError` if there is a trace of one."""
+    from datastore.store import SPOOL
     from datastore.verification import find_traces
 
     lm = None
@@ -289,7 +292,10 @@ def require_absent(store: Store, documents: list[Document], model: Path | None) 
 
         store.require_model(lm := LanguageModel.load(model))
     for trace in find_traces(store, documents, lm):
-        raise IntegrityError(f"{trace.file} holds {trace.kind} of document {trace.document!r}; it is not gone")
+        held = f"{trace.file} holds {trace.kind} of document {trace.document!r}; it is not gone"
+        if trace.file.parent == store.path / SPOOL:
+            held += ": an unfinished add has encoded it, which `silo datastore remove` deletes"
+        raise IntegrityError(held)
     return len(documents)
 
 

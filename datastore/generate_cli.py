@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from silo.cli import reports
@@ -59,7 +60,7 @@ def render(value: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column == "tokens" else "left", overflow="fold")
     for row in value["documents"][:SHOWN_SOURCES]:
         named = (row["title"] or row["document"], row["owner"], row["license"], row["source"])
-        table.add_row(f"{row['tokens']:.2f}", *named)
+        table.add_row(f"{row['tokens']:.2f}", *map(escape, named))
     rest = value["documents"][SHOWN_SOURCES:]
     if rest:
         table.add_row(f"{sum(row['tokens'] for row in rest):.2f}", f"{len(rest):,} others", "", "", "")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from datastore.integrity import read_sealed, sealed
-from datastore.manifest import ShardEntry
-from datastore.shard import ARRAYS
-from silo.errors import DataError, IntegrityError, UsageError
+from datastore.manifest import Manifest, ShardEntry
+from datastore.shard import ARRAYS, Shard
+from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.files import written_whole
 
 FORMAT = 1
@@ -27,8 +27,15 @@ INDEX = "shard.json"
 FILES = {INDEX, "documents.jsonl", *(f"{name}.npy" for name in ARRAYS)}
 
 
-def write_export(directory: Path, entry: ShardEntry, name: str, file: Path) -> None:
+def write_export(directory: Path, entry: ShardEntry, name: str, file: Path, manifest: Manifest) -> None:
     """Write a shard's files into one file, which is whole or absent.
+
+    Args:
+        directory: the shard's own.
+        entry: the shard's.
+        name: the shard's.
+        file: must not be there yet.
+        manifest: of the shard's store.
 
     Raises:
         UsageError: there is such a file already.
@@ -36,7 +43,8 @@ def write_export(directory: Path, entry: ShardEntry, name: str, file: Path) -> N
     if file.exists():
         raise UsageError(f"{file} exists already; choose another name")
     files = sorted(json.loads((directory / INDEX).read_bytes())["files"])
-    about = sealed({"format": FORMAT, "shard": name, "hash": entry.hash, "files": [INDEX, *files]})
+    spec = manifest.model["key_spec"]
+    about = sealed({"format": FORMAT, "shard": name, "hash": entry.hash, "files": [INDEX, *files], "key_spec": spec})
     with (
         written_whole(file) as raw,
         tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive,
@@ -53,15 +61,33 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     return member
 
 
-def read_export(file: Path, directory: Path) -> str:
-    """Unpack an exported shard into an empty directory, and return the hash that the shard must have.
+def read_export(file: Path, directory: Path, manifest: Manifest) -> Shard:
+    """Unpack an exported shard into an empty directory and map it, every byte checked.
 
-    What is unpacked is not checked yet: reading the shard by its hash does that.
+    Args:
+        file: what :func:`write_export` wrote.
+        directory: an empty one.
+        manifest: of the store that takes it in.
 
     Raises:
         UsageError: there is no such file.
         DataError: it is no exported shard, or not a whole one.
+        StoreError: it is of another model or control plane, or its keys are made in another way.
+        IntegrityError: it is damaged.
     """
+    about = _unpack(file, directory)
+    shard = Shard.read(directory, str(about["hash"]))
+    made_by = json.loads((directory / INDEX).read_bytes())
+    if (made_by["model"], made_by["control"]) != (manifest.model["fingerprint"], manifest.control):
+        raise StoreError(f"{file} was exported by a store of another model or control plane; encode its text anew")
+    other = manifest.other_keys(about["key_spec"]) if "key_spec" in about else ""  # earlier exports do not say it
+    if other:
+        raise StoreError(f"{file} holds other keys of the store's model, made with {other}; encode its text anew")
+    return shard
+
+
+def _unpack(file: Path, directory: Path) -> dict[str, Any]:
+    """Put an archive's files into a directory, not checked yet, and give what it says of itself."""
     if not file.is_file():
         raise UsageError(f"{file} does not exist or is not a file; expected what `silo datastore export` wrote")
     try:
@@ -75,7 +101,7 @@ def read_export(file: Path, directory: Path) -> str:
     except (tarfile.TarError, KeyError, EOFError) as error:
         raise DataError(f"{file} is no exported shard, or not a whole one ({error}); export it again") from None
     (directory / ABOUT).unlink()
-    return str(about["hash"])
+    return about
 
 
 def _about(path: Path) -> dict[str, Any]:

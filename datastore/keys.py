@@ -26,6 +26,7 @@ import numpy as np
 
 from datastore.codes import Codes, whole
 from datastore.shard import DocumentRow, Shard
+from silo.errors import StoreError
 from silo.files import sha256, write_array, write_rows
 
 FILES = ("lists.bin", "sizes.npy", "places.npy", "tokens.npy", "begins.npy", "ids.npy")
@@ -180,7 +181,11 @@ class KeyGroup:
         return np.lib.stride_tricks.as_strided(self._file, every_byte, (1, 1), writeable=False)[begins]
 
     def inverted_lists(self) -> faiss.OnDiskInvertedLists:
-        """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted."""
+        """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted.
+
+        Raises:
+            StoreError: it is deleted already.
+        """
         found: Any = faiss.OnDiskInvertedLists()
         found.nlist, found.code_size, found.read_only = len(self._sizes), self._width, True
         found.filename = str(self._directory / "lists.bin")
@@ -194,5 +199,8 @@ class KeyGroup:
         table[:, 0], table[:, 1] = self._sizes, self._capacity
         table[:, 2] = self._firsts * (self._width + _ROW_BYTES)
         if found.totsize:
-            found.do_mmap()
+            try:
+                found.do_mmap()
+            except RuntimeError as error:  # the file, which is mapped already, is opened once more by its name
+                raise StoreError(f"{found.filename} cannot be mapped ({error}); open the store again") from None
         return found

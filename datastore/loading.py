@@ -59,6 +59,8 @@ def load(
     opened = Store.open(Path(store)) if isinstance(store, (str, Path)) else store
     weighing = choose_weighing(weights, use, opened)
     lm = model if isinstance(model, LanguageModel) else LanguageModel.load(Path(model))
+    if opened is not None:  # also for the model alone: a limit on copies is of the store's tokens
+        opened.require_model(lm)
     if opened is None or list(weighing.methods) == ["lm"]:
         return MixtureForCausalLM(Mixture(lm), weighing, opened.ngrams if opened is not None else None)
     way = _lookup(nearest, weighing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ class Manifest:
     def gate_file(self) -> str | None:
         """The name of the gate's file."""
         return f"gate-{self.gate[:16]}.json" if self.gate else None
+
+    def other_keys(self, spec: Mapping[str, Any]) -> str:
+        """In what keys by some :class:`silo.language_model.KeySpec` are not such as the store's; empty if they are."""
+        own = self.model["key_spec"]
+        different = (name for name in own if spec.get(name) != own[name])
+        return ", ".join(f"{name} {spec.get(name)!r} instead of {own[name]!r}" for name in different)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

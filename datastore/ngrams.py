@@ -14,7 +14,7 @@ import numpy as np
 
 from datastore import kinds
 from datastore.keys import KeyGroup
-from datastore.runs import Search, Spans
+from datastore.runs import FAR, Search, Spans
 from datastore.suffixes import Query, Suffixes
 from silo.errors import UsageError
 from silo.retrieval import NextTokens, Origins, SourceDocument, Spread
@@ -281,7 +281,13 @@ class Matches(Counts):
         self._shorter: dict[int, Counts] = {}
 
     def shorter(self, length: int) -> Counts:
-        """The same contexts' suffixes of so many tokens; looked up when they are first asked for."""
+        """The same contexts' suffixes of so many tokens; looked up when they are first asked for.
+
+        Raises:
+            UsageError: they have as many as :data:`datastore.runs.FAR`, up to which every run is compared, or none.
+        """
+        if not 0 < length < FAR:
+            raise UsageError(f"suffixes of {length} tokens; expected 1 to {FAR - 1}")
         if length not in self._shorter:
             contexts = np.flatnonzero(self.lengths > length)
             which, hits, spans = self._search.count_grams(contexts, length)

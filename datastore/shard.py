@@ -19,7 +19,8 @@ import bisect
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from silo.retrieval import SourceDocument
 
 ARRAYS = ("tokens", "lists", "codes")
 OF_KEYS = ARRAYS[1:]
+TOKEN_TYPES = (np.uint16, np.uint32)
+"""What tokens are stored as, from narrow to wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +170,11 @@ def _line(row: DocumentRow) -> bytes:
 class DocumentRows:
     """The rows of some shards, one shard after the other, each read when one of its documents is asked for."""
 
-    def __init__(self, shards: Sequence[tuple[Path, str, int]]) -> None:
-        """``shards`` are (directory, hash, documents)."""
-        self._shards = list(shards)
+    def __init__(
+        self, shards: Sequence[tuple[Path, str, int]], reading: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """``shards`` are (directory, hash, documents); ``reading`` is entered while one is read."""
+        self._shards, self._reading = list(shards), reading
         self._ends = list(itertools.accumulate(count for _, _, count in shards))
         self._read: dict[int, list[DocumentRow]] = {}
 
@@ -178,7 +183,8 @@ class DocumentRows:
         shard = self.shard_of(number)
         directory, expected, count = self._shards[shard]
         if shard not in self._read:
-            self._read[shard] = read_rows(directory, read_manifest(directory, expected))
+            with self._reading():
+                self._read[shard] = read_rows(directory, read_manifest(directory, expected))
         return self._read[shard][number - self._ends[shard] + count]
 
     def shard_of(self, number: int) -> int:
@@ -209,4 +215,5 @@ def slug(name: str) -> str:
 
 def token_type(vocab_size: int) -> type:
     """The narrowest type for the tokens of a vocabulary."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    narrow, wide = TOKEN_TYPES
+    return narrow if vocab_size <= 1 << 16 else wide

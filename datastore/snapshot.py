@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -112,7 +113,9 @@ class Snapshot:
 
     def _document_rows(self, group: Group) -> DocumentRows:
         entries = [self.manifest.shards[name] for name in group.shards]
-        return DocumentRows([(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries])
+        shards = [(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries]
+        # They are read when the store, and this very object, may be in another state.
+        return DocumentRows(shards, Snapshot(self.path, self.manifest)._as_opened)
 
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index over all live shards, mapped from disk; ``probes`` and ``metric`` are as in
@@ -149,12 +152,18 @@ class Snapshot:
             return View(list(zip(directories, keys, strict=True)), masks, self.control, lambda: self.tokenizer)
 
     def require_model(self, model: LanguageModel) -> None:
-        """Raise :class:`StoreError` unless the store's keys are those of this model."""
+        """Raise :class:`StoreError` unless the store's keys are those of this model, made as it makes them."""
         expected = self.manifest.model["fingerprint"]
         if model.fingerprint != expected:
             raise StoreError(
                 f"{self.path} holds keys of the model {expected[:12]}…, not of {model.fingerprint[:12]}…; "
                 "use that model, or make a new store for this one"
+            )
+        other = self.manifest.other_keys(asdict(model.key_spec))
+        if other:
+            raise StoreError(
+                f"{self.path} holds other keys of this model: it was loaded with {other}; load it as it was for the "
+                "store, or make a new store for such keys"
             )
 
     def mixture(

@@ -23,6 +23,7 @@ import numpy as np
 
 from datastore.shard import ARRAYS, OF_KEYS, DocumentRow, Encoded, describe
 from silo.documents import Document
+from silo.errors import DataError
 from silo.files import canonical_json, remove_tree, write_file
 
 OF = "of.json"
@@ -148,7 +149,13 @@ class Spool:
             file.write(data)
 
     def encoded(self, ids: list[str]) -> list[Encoded]:
-        """Some of the documents, their arrays mapped from disk."""
+        """Some of the documents, their arrays mapped from disk. Raises :class:`DataError` if one is not there."""
+        missing = next((each for each in ids if each not in self._numbers), None)
+        if missing is not None:
+            raise DataError(
+                f"document {missing!r} was there when the input was checked and not when it was encoded; add it again, "
+                "and leave the files alone meanwhile"
+            )
         keys = list(itertools.accumulate((row.keys for row in self._rows), initial=0))
         whole = {
             name: (

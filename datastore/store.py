@@ -16,7 +16,6 @@ anywhere in between leaves the old store or the new one, and orphans that the ne
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections import Counter
@@ -205,7 +204,7 @@ class Store(Snapshot):
             entry = self.manifest.shards[name]
             verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
             before = self.manifest.sequence
-            write_export(self.path / "shards" / entry.directory, entry, name, file)
+            write_export(self.path / "shards" / entry.directory, entry, name, file, self.manifest)
             try:
                 return self._commit({}, "export", rows, request={"shards": [name]}, reason=reason, key=key)
             except BaseException:
@@ -218,19 +217,14 @@ class Store(Snapshot):
 
         Raises:
             UsageError: there is no such file.
-            StoreError: it is of another model or control plane.
+            StoreError: it is of another model or control plane, or its keys are made in another way.
             DataError: it is no exported shard, or one of its documents is in the store already.
             IntegrityError: it is damaged.
         """
         with self._writing():
             directory = self.path / "shards" / ".import"  # which the next writer collects
             directory.mkdir()
-            shard = Shard.read(directory, read_export(file, directory))
-            made_by = json.loads((directory / "shard.json").read_bytes())
-            if (made_by["model"], made_by["control"]) != (self.manifest.model["fingerprint"], self.manifest.control):
-                raise StoreError(
-                    f"{file} was exported by a store of another model or control plane; encode its text anew"
-                )
+            shard = read_export(file, directory, self.manifest)
             self.require_addable(shard.rows)
             return self._insert(shard.documents(), key)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from datastore.bm25 import index_content
 from datastore.groups import build_group
+from datastore.shard import TOKEN_TYPES
 from datastore.sketches import sample
 from datastore.snapshot import Snapshot
 from silo.documents import Document
@@ -27,6 +28,9 @@ RUN_TOKENS = 32
 """Tokens in a row that count as a trace of a text. Fewer than this are anybody's: the head of a function, a phrase."""
 RUN_BYTES = 128
 """Bytes in a row that count as a trace."""
+LEAST_BYTES = 32
+"""A text of fewer bytes is not looked for by them: it is a name, or two words, which ids, licences and receipts hold as
+well, and files of numbers by chance. By its tokens, which are how a store holds text, it is looked for all the same."""
 MOST = 0.5
 """Share of a text's shingles, or of its keys' codes, that counts as a trace."""
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be")
@@ -83,29 +87,33 @@ def find_traces(store: Snapshot, documents: Iterable[Document], model: LanguageM
     """Look for some texts in every file of a store.
 
     For runs of their bytes, in every encoding that is likely; for runs of tokens; for their shingles in the sketches;
-    and, with a model, for the codes of their keys. A text that stands in another document too, such as a licence's
-    header, is found there. Only the tokenizer, which learned from permissive text, is not searched.
+    and, with a model, for the codes of their keys; also in what an unfinished add has encoded. A text that stands in
+    another document too, such as a licence's header, is found there. Only the tokenizer, which learned from permissive
+    text, is not searched.
     """
     files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and path.name != "tokenizer.json"]
     for document in documents:
         text = document.full_text
         tokens = np.asarray(store.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        runs, sketch = _runs(tokens), sample(text)
+        length = min(RUN_TOKENS, len(tokens))  # a short text is looked for as a whole
+        runs, sketch = _runs(tokens, length), sample(text)
         codes = store.control.encode(model.keys(model.tokenize(document)))[1] if model is not None else None
         pieces = [piece for encoding in ENCODINGS for piece in _pieces(text.encode(encoding))]
         for path in files:
             if path.stat().st_size and _has_bytes(path, pieces):
                 yield Trace(document.id, "bytes", path)
-            if path.name == "tokens.npy" and np.isin(_runs(np.load(path).astype(np.int64)), runs).any():
+            if any(np.isin(_runs(held, length), runs).any() for held in _tokens(path)):
                 yield Trace(document.id, "tokens", path)
             if path.name == "hashes.npy" and len(sketch) and np.isin(sketch, np.load(path)).mean() > MOST:
                 yield Trace(document.id, "shingles", path)
-            if path.name == "codes.npy" and codes is not None and _share(codes, np.load(path)) > MOST:
+            if codes is not None and _share(codes, _codes(path, codes.shape[1])) > MOST:
                 yield Trace(document.id, "codes", path)
 
 
 def _pieces(data: bytes) -> list[bytes]:
-    """Runs of bytes at places all over a text."""
+    """Runs of bytes at places all over a text; none where it is too short to be told from anything else."""
+    if len(data) < LEAST_BYTES:
+        return []
     width = min(RUN_BYTES, len(data))
     return [data[at : at + width] for at in range(0, len(data) - width + 1, max(1, (len(data) - width) // _PROBES))]
 
@@ -115,10 +123,26 @@ def _has_bytes(path: Path, pieces: Iterable[bytes]) -> bool:
         return any(data.find(piece) >= 0 for piece in pieces)
 
 
-def _runs(tokens: np.ndarray) -> np.ndarray:
-    """A hash of every run of :data:`RUN_TOKENS` tokens; of all of them, where there are fewer."""
-    length = min(RUN_TOKENS, len(tokens))
-    if not length:
+def _tokens(path: Path) -> list[np.ndarray]:
+    """The tokens (n,) that a file of a shard, a search structure or a spool holds, in each way in which it may be read;
+    of another file nothing."""
+    if path.name == "tokens.npy":
+        return [np.load(path)]
+    # A spool's file does not say how wide its tokens are.
+    return [np.fromfile(path, dtype=kind) for kind in TOKEN_TYPES] if path.name == "tokens.bin" else []
+
+
+def _codes(path: Path, width: int) -> np.ndarray:
+    """The codes (n, width) that a file of a shard or a spool holds; of another file none."""
+    if path.name == "codes.npy":
+        return np.load(path)
+    data = np.fromfile(path, dtype=np.uint8) if path.name == "codes.bin" else np.zeros(0, dtype=np.uint8)
+    return data[: len(data) // width * width].reshape(-1, width)
+
+
+def _runs(tokens: np.ndarray, length: int) -> np.ndarray:
+    """A hash of every run of so many tokens; none where there are fewer."""
+    if not 0 < length <= len(tokens):
         return np.zeros(0, dtype=np.uint64)
     factors = np.asarray([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(length)], dtype=np.uint64)
     windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + np.uint64(1), length)
@@ -128,4 +152,4 @@ def _runs(tokens: np.ndarray) -> np.ndarray:
 def _share(codes: np.ndarray, among: np.ndarray) -> float:
     """Share of some codes that are among others."""
     present = {row.tobytes() for row in among}
-    return float(np.mean([row.tobytes() in present for row in codes])) if len(codes) else 0.0
+    return float(np.mean([row.tobytes() in present for row in codes])) if present and len(codes) else 0.0

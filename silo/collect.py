@@ -27,7 +27,7 @@ import numpy as np
 from silo.audit import Tally, summarize
 from silo.corpus import FORMAT, SIDES, split_of
 from silo.corpus_writer import HashedFile, SideWriter
-from silo.documents import Document, parse_document
+from silo.documents import NO_LICENSE, Document, parse_document
 from silo.errors import DataError, UsageError
 from silo.evidence import claim_of_file, contradiction, directory_of, with_notice
 from silo.files import canonical_json, exclusive_lock, sealed, sync_directory, write_json
@@ -89,12 +89,16 @@ def collect(
         The audit's summary, as in ``audit.json``.
 
     Raises:
-        UsageError: ``out`` holds something, or there is no such source.
+        UsageError: ``out`` holds something, or is a mount point; or there is no such source.
         DataError: a source is broken, an id comes twice, or nothing was left to keep.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty directory; choose another --out, or delete it")
-    with _made(Path(os.path.abspath(out))) as partial:
+    # A rename would not follow a link to a directory, and cannot take a mount point's place.
+    target = Path(os.path.realpath(out))
+    if target.is_mount():
+        raise UsageError(f"{out} is a mount point, expected a directory that can be made anew; choose one inside it")
+    with _made(target) as partial:
         work = partial / "work"
         work.mkdir()
         with contextlib.closing(Catalogue(work, policy, progress)) as catalogue:
@@ -171,7 +175,9 @@ class Catalogue:
 
     def note(self, finding: Finding) -> None:
         """Keep what was found for the audit."""
-        self._database.execute("INSERT INTO findings VALUES (?, ?, ?, ?)", dataclasses.astuple(finding))
+        # The name of a file may be no Unicode, which is what the database takes.
+        fields = [each.encode(errors="backslashreplace").decode() for each in dataclasses.astuple(finding)]
+        self._database.execute("INSERT INTO findings VALUES (?, ?, ?, ?)", fields)
 
     def read(self, spec: str, documents: Iterator[Document], *, evaluation: bool = False) -> None:
         """Take in a source. Evaluation text is compared with the rest, and never written."""
@@ -188,7 +194,8 @@ class Catalogue:
 
     def _believed(self, document: Document) -> Document:
         """The document under the licence that it states itself, where that is stricter than the declared one."""
-        document = replace(document, license=self._policy.read_license(document.license))
+        license = self._policy.read_license(document.license.strip()) or NO_LICENSE  # as it will be read again
+        document = replace(document, license=license)
         found = contradiction(document, self._policy)
         if found is None:
             return document
@@ -404,7 +411,10 @@ class Catalogue:
                 yield replace(document, license=license, text=without(document.text, cuts)), None
 
     def is_new(self, pair: Document) -> bool:
-        """Whether no pair of the same text was asked for before."""
+        """Whether no document has its id, as a pair that was collected before has, and no pair of the same text was
+        asked for before."""
+        if self._database.execute("SELECT 1 FROM documents WHERE id = ?", (pair.id,)).fetchone():
+            return False
         return self._database.execute("INSERT OR IGNORE INTO pairs VALUES (?)", (pair.content_hash,)).rowcount == 1
 
     def findings(self) -> Iterator[Finding]:

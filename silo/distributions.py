@@ -35,6 +35,9 @@ SHORTEST_CHARACTERS, LONGEST_CHARACTERS = 200, 200_000
 _VENDORED = frozenset({"_vendor", "_vendored", "vendor", "vendored", "third_party", "extern", "externals"})
 """Directories in which a distribution carries another's code, under a licence that its own metadata does not name."""
 
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+"""What reading from a damaged archive raises."""
+
 _LICENSE_FILE = re.compile(r"(?:[^/]+\.dist-info/(?:licenses/)?)?(?:un)?(?:licen[sc]e|copying)[^/]*", re.IGNORECASE)
 
 
@@ -52,13 +55,30 @@ class Distribution:
         """One field of the metadata, or an empty string."""
         return str(self.metadata.get(name) or "").strip()
 
+    def read(self, path: str) -> bytes | None:
+        """One of its files, or None where it is listed and not there. Raises :class:`DataError` if it is damaged."""
+        try:
+            return (self.files.get(path) or self.license_files[path])()
+        except FileNotFoundError:
+            return None
+        except _DAMAGED as error:
+            raise DataError(
+                f"{self.field('Name')}=={self.field('Version')}: {path} is damaged in the archive ({error}); "
+                "fetch it again"
+            ) from None
+
     def statements(self) -> list[Statement]:
-        """Everything that it says of its licence: metadata, and licence files that are stricter than metadata."""
+        """Everything that it says of its licence: metadata, and licence files that are stricter than metadata.
+
+        Raises:
+            DataError: a licence file is damaged.
+        """
         classifiers = [str(value) for value in self.metadata.get_all("Classifier") or []]
         found = license_statements(self.field("License-Expression"), self.field("License"), classifiers)
         declared = tier_of(declared_license(found))
         for path in sorted(self.license_files):
-            claim = text_claim(self.license_files[path]().decode("utf-8", errors="replace"))
+            data = self.read(path)
+            claim = text_claim(data.decode("utf-8", errors="replace")) if data is not None else None
             if claim is not None and tier_of(claim.license) > declared:
                 found.append(Statement(path, claim.text, claim.license))
         return found
@@ -88,21 +108,16 @@ class Distribution:
 def distribution_documents(kind: str, distribution: Distribution, note: Note) -> Iterator[Document]:
     """The Python files of a distribution, as documents; what is refused goes to ``note``."""
     name, version = distribution.field("Name"), distribution.field("Version")
-    license, owner = distribution.license, distribution.owner
-    for path in sorted(distribution.files):
+    license, owner, source = distribution.license, distribution.owner, f"{kind}:{name}=={version}"
+    for path in sorted({*distribution.files, *distribution.license_files}):
         id = f"{kind}:{name}/{path}"
-        try:
-            data = distribution.files[path]()
-        except FileNotFoundError:
+        data = distribution.read(path)
+        if data is None:
             note(Finding(id, "listed by the distribution, and not there"))
+        if data is None or path not in distribution.files:
             continue
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-            raise DataError(
-                f"{kind}:{name}=={version}: {path} is damaged in the archive ({error}); fetch it again"
-            ) from None
         text = _source_text(path, data)
         if isinstance(text, str):
-            source = f"{kind}:{name}=={version}"
             yield Document(id=id, text=text, license=license, owner=owner, source=source, title=path)
         else:
             note(Finding(id, *text))
@@ -162,7 +177,7 @@ class _Pin:
         stem = filename.removesuffix(".whl").removesuffix(".tar.gz")
         if stem == filename:
             return False
-        name, version = stem.split("-")[:2] if filename.endswith(".whl") else stem.rpartition("-")[::2]
+        name, version = (*stem.split("-"), "")[:2] if filename.endswith(".whl") else stem.rpartition("-")[::2]
         return _canonical(name) == _canonical(self.name) and version == self.version
 
 
@@ -248,29 +263,45 @@ def _read_wheel(data: bytes, *, where: str) -> Distribution:
     metadata = [name for name in places if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
     if len(metadata) != 1:
         raise DataError(f"{where} has {len(metadata)} METADATA files, expected one; it is not a wheel")
+    try:
+        declared = archive.read(metadata[0])
+    except _DAMAGED as error:
+        raise DataError(f"{where}: {metadata[0]} is damaged in the archive ({error}); fetch it again") from None
     files = {places[name]: _reader(archive.read, name) for name in _python_files(places, where=where)}
     beside = {places[name]: _reader(archive.read, name) for name in places if _LICENSE_FILE.fullmatch(places[name])}
-    return Distribution(_parse_metadata(archive.read(metadata[0])), files, beside)
+    return Distribution(_parse_metadata(declared), files, beside)
 
 
 def _read_sdist(data: bytes, *, where: str) -> Distribution:
     """Read an sdist. Its members are read now: a compressed tar has no way back."""
-    members = {}
+    members: dict[str, bytes | None] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
             for member in archive:
                 path = member.name.partition("/")[2]
                 wanted = path == "PKG-INFO" or path.endswith(".py") or _LICENSE_FILE.fullmatch(path)
-                stream = archive.extractfile(member) if wanted else None
+                try:
+                    stream = archive.extractfile(member) if wanted else None
+                except (KeyError, RecursionError):  # a link to what the archive does not hold, or to itself
+                    members[path] = None
+                    continue
                 if stream is not None:
                     members[path] = stream.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where} is not an sdist ({error}); fetch it again") from None
-    if "PKG-INFO" not in members:
+    declared = members.get("PKG-INFO")
+    if declared is None:
         raise DataError(f"{where} has no PKG-INFO, expected one; it is not an sdist")
-    files = {path: _reader(members.__getitem__, path) for path in _python_files(members, where=where)}
-    beside = {path: _reader(members.__getitem__, path) for path in members if _LICENSE_FILE.fullmatch(path)}
-    return Distribution(_parse_metadata(members["PKG-INFO"]), files, beside)
+
+    def read(path: str) -> bytes:
+        found = members[path]
+        if found is None:
+            raise FileNotFoundError(path)
+        return found
+
+    files = {path: _reader(read, path) for path in _python_files(members, where=where)}
+    beside = {path: _reader(read, path) for path in members if _LICENSE_FILE.fullmatch(path)}
+    return Distribution(_parse_metadata(declared), files, beside)
 
 
 def _reader(read: Callable[[str], bytes], name: str) -> Callable[[], bytes]:

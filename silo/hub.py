@@ -116,10 +116,11 @@ def document_of_row(
 ) -> Document:
     """Make a document of a row. Raises :class:`DataError`."""
     found = {ours: _field(row, recipe, ours) for ours in OURS}
+    own_id = default_id if found["id"] in (None, "") else found["id"]  # which may be the number 0
     body = {key: found[key] for key in ("text", "prompt", "completion") if found[key] is not None}
     record = {
         **body,
-        "id": f"{name}/{found['id'] or default_id}",
+        "id": f"{name}/{own_id}",
         "license": recipe.license(found["license"], config),
         "owner": _joined(found["owner"]),
         "source": found["source"] or name,

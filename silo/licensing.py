@@ -27,6 +27,9 @@ from silo.errors import UsageError
 NO_LICENSE = "NOASSERTION"
 """SPDX's word for a licence that nobody stated, or that nobody can read."""
 
+_IDENTIFIER = re.compile(r"[A-Za-z0-9.:-]+\+?")
+"""One licence as SPDX spells it. A plus elsewhere than at the end stands between two, in the words of real metadata."""
+
 RULES = 2
 """Version of the reading below. It is part of every policy's fingerprint, so that a changed reading shows."""
 
@@ -98,11 +101,17 @@ class Policy:
     def license_rule(self, name: str) -> Tier | None:
         """What the policy says of a licence, if it says anything. Case does not matter, as in SPDX.
 
-        A pattern matches one name. Were a whole expression to match it, ``MIT*`` would free "MIT AND GPL-3.0-only".
+        A pattern frees one identifier. Were a whole expression to match it, ``MIT*`` would free "MIT AND GPL-3.0-only",
+        or "MIT/GPL-3.0-only". One that restricts may match what is no identifier, as long as it is one word.
         """
         name = name.lower()
         rules = [(pattern.lower(), tier) for pattern, tier in self.licenses]
-        matches = [tier for pattern, tier in rules if pattern == name or (" " not in name and _matches(name, pattern))]
+        one_word, one_licence = " " not in name, _IDENTIFIER.fullmatch(name) is not None
+        matches = [
+            tier
+            for pattern, tier in rules
+            if pattern == name or ((one_licence if tier.permissive else one_word) and _matches(name, pattern))
+        ]
         return max(matches, default=None)
 
     def read_license(self, raw: str) -> str:
@@ -155,7 +164,7 @@ def load_policy(path: Path) -> Policy:
     """
     import yaml
 
-    if str(path) == OPEN_LICENSE_CORPUS and not path.exists():
+    if str(path) == OPEN_LICENSE_CORPUS and not path.is_file():
         path = Path(__file__).with_name("open_license_corpus.yaml")
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -66,10 +66,24 @@ def _directory_documents(root: Path, recipe: Recipe, findings: Note) -> Iterator
     if not known:
         raise DataError(f"{root} holds no file that can be read; expected .jsonl, .parquet or text files")
     for path in known:
-        if _kind(path) in (".jsonl", ".parquet"):
+        name = path.relative_to(root).as_posix()
+        if not _is_unicode(name):
+            findings(Finding(name, "its name is not UTF-8"))
+        elif _kind(path) == ".parquet":
+            yield from _parquet_documents(path, name, recipe)
+        elif _kind(path) == ".jsonl":
             yield from _file_documents(path, recipe, findings)
         else:
-            yield from _text_document(path, path.relative_to(root).as_posix(), str(root), findings)
+            yield from _text_document(path, name, str(root), findings)
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether the name of a file is one that a document's id can hold: a file system takes any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(path: Path) -> str:
@@ -82,7 +96,7 @@ def _kind(path: Path) -> str:
 def _file_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[Document]:
     kind = _kind(path)
     if kind == ".parquet":
-        return _parquet_documents(path, recipe, findings)
+        return _parquet_documents(path, path.name, recipe)
     if kind == ".jsonl":
         return read_documents(path) if path.suffix == ".jsonl" else _compressed_documents(path)
     if kind:
@@ -118,7 +132,8 @@ def _compressed_documents(path: Path) -> Iterator[Document]:
         raise DataError(f"{path} holds no document; expected JSON Lines with at least one")
 
 
-def _parquet_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[Document]:
+def _parquet_documents(path: Path, called: str, recipe: Recipe) -> Iterator[Document]:
+    """The rows of a file, which is called so in their ids."""
     import pyarrow
     import pyarrow.parquet
 
@@ -127,14 +142,16 @@ def _parquet_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[D
         file = pyarrow.parquet.ParquetFile(path)
         rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
         for number, row in enumerate(rows):
-            yield document_of_row(row, recipe, name=path.name, default_id=str(number))
+            yield document_of_row(row, recipe, name=called, default_id=str(number))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}); fetch it again") from None
 
 
 # --- text files -------------------------------------------------------------------------------------------------------
 
-_REUSE_TAG = re.compile(r"SPDX-(License-Identifier|FileCopyrightText):[ \t]*([^\n]*?)[ \t]*(?:\*/|-->|$)", re.MULTILINE)
+_REUSE_TAG = re.compile(
+    r"SPDX-(License-Identifier|FileCopyrightText):[ \t]*([^\r\n]*?)[ \t]*(?:\*/|-->|\r|$)", re.MULTILINE
+)
 _YEARS = re.compile(r"^(?:copyright|©|\(c\)|[\d\s,-])+|\s*<[^>]*>", re.IGNORECASE)
 
 
@@ -156,6 +173,6 @@ def _text_document(path: Path, id: str, source: str, findings: Note) -> Iterator
     if not text.strip():
         findings(Finding(id, "an empty file"))
         return
-    license = tags.get("License-Identifier", NO_LICENSE)
+    license = tags.get("License-Identifier", "").strip() or NO_LICENSE
     owner = _YEARS.sub("", tags.get("FileCopyrightText", "")).strip()
     yield Document(id=id, text=text, license=license, owner=owner, source=source, title=path.name)

@@ -1,9 +1,11 @@
 """Bad input and damaged stores: one clear line on stderr, exit 1 or 2, and the store as it was."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 
 from datastore.store import Selection, Store
 from silo.cli import main
-from silo.errors import IntegrityError, SiloError
+from silo.errors import IntegrityError, SiloError, StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,6 +179,18 @@ def test_store_of_another_model_is_refused(store, jsonl, model_dir, tmp_path, by
     assert "holds keys of the model" in said
     assert "use that model, or make a new store for this one" in said
     assert "holds keys of the model" in refused(*measure(other, store, good, tmp_path), code=1)
+    assert bytes_of(store) == before
+
+
+def test_other_keys_of_the_model_are_refused(store, model, documents, bytes_of):
+    """The same model with keys of another layer, or of other windows, can neither add to a store nor be mixed in."""
+    before = bytes_of(store)
+    for change, said in (({"layer": "x"}, "layer 'x' instead of 'last_"), ({"stride": 9}, "stride 9 instead of")):
+        other = copy.copy(model)
+        other.key_spec = replace(model.key_spec, **change)
+        for use in (lambda store, lm: store.add(documents[9:], lm), lambda store, lm: store.mixture(lm, ["lm", "knn"])):
+            with pytest.raises(StoreError, match=f"holds other keys of this model: it was loaded with {said}"):
+                use(Store.open(store), other)
     assert bytes_of(store) == before
 
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import silo.files
@@ -439,10 +440,25 @@ def test_reader_of_what_is_gone_is_told_to_open_again(make_store, short, loaded)
     if loaded:
         reader.neighbours()
     store.remove(Selection(owners=("Ada",)))
-    for read in (reader.blocks, *([] if loaded else [reader.neighbours, reader.rows])):
+    for read in (reader.blocks, reader.neighbours, reader.rows):
         with pytest.raises(StoreError, match="was changed since it was opened; open it again"):
             read()
     assert list(Store.open(store.path).rows()) == ["Grace"]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["another's change", "its own change"])
+def test_who_is_gone_is_named_no_more(make_store, model, short, own):
+    """The names behind neighbours and n-grams are read late: the error says so where they were removed meanwhile."""
+    store = make_store("store", short[:3])
+    reader = store if own else Store.open(store.path)
+    neighbours, ngrams = reader.neighbours(), reader.ngrams()
+    tokens = model.tokenize(short[0])
+    cited = neighbours.search(model.keys(tokens)[40:41], 1).documents[0, 0]
+    traced = ngrams.match([tokens]).origins(np.asarray([40]), tokens[40:41].astype(np.int64)).documents[0]
+    store.remove(Selection(owners=("Ada",)))
+    for ask in (lambda: neighbours.document(cited), lambda: ngrams.document(traced)):
+        with pytest.raises(StoreError, match="was changed since it was opened; open it again"):
+            ask()
 
 
 def test_writer_works_on_the_store_as_it_is_now(make_store, model, short):

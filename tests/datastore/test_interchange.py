@@ -1,5 +1,7 @@
 """A shard as one file: exported, taken in elsewhere, and remembered."""
 
+import copy
+import io
 import json
 import tarfile
 from dataclasses import replace
@@ -100,6 +102,30 @@ def test_shard_of_another_control_plane_is_refused(exported, model, model_dir, t
     )
     with pytest.raises(StoreError, match="another model or control plane"):
         other.take_in(exported[1])
+
+
+def test_shard_of_other_keys_is_refused(model, model_dir, few, tmp_path):
+    """Keys of another layer are not mixed in, also where nothing was fitted on either; an export of an earlier version,
+    which does not say how its keys are made, is taken in."""
+    other = copy.copy(model)
+    other.key_spec = replace(model.key_spec, layer="last_hidden_state")
+    stores = {}
+    for name, lm in (("from", model), ("to", other), ("same", model)):
+        stores[name] = Store.create(tmp_path / name, lm, model_dir / "tokenizer.json")
+    stores["from"].add(few[:1], model)
+    stores["from"].export("Ada", tmp_path / "ada.shard")
+    with pytest.raises(StoreError, match="made with layer 'last_ffn_input' instead of 'last_hidden_state'"):
+        stores["to"].take_in(tmp_path / "ada.shard")
+    with tarfile.open(tmp_path / "ada.shard") as new, tarfile.open(tmp_path / "old.shard", "w") as old:
+        for member in new:
+            data = new.extractfile(member).read()
+            if member.name == "export.json":
+                content = json.loads(data)["content"]
+                data = sealed({name: value for name, value in content.items() if name != "key_spec"})
+                member.size = len(data)
+            old.addfile(member, io.BytesIO(data))
+    stores["same"].take_in(tmp_path / "old.shard")
+    assert stores["same"].hash == stores["from"].hash
 
 
 def test_wrong_use_is_told(exported, make_store, tmp_path):

@@ -1,5 +1,6 @@
 """silo.load and silo generate: what a caller may use, which weights count, and what an answer says of its sources."""
 
+import copy
 import json
 import math
 import warnings
@@ -11,10 +12,10 @@ import torch
 from click.testing import CliRunner
 
 import silo
-from datastore.generate_cli import generate
+from datastore.generate_cli import generate, render
 from datastore.policy import QueryPolicy
 from datastore.selection import Selection
-from silo.errors import UsageError
+from silo.errors import StoreError, UsageError
 from silo.explanation import pieces
 from silo.gate import HIDDEN, Gate
 from silo.nearest import Nearest
@@ -148,6 +149,18 @@ def test_a_store_asks_for_weights(store, model):
     assert read_weighing({"knn": 0.3}).methods == ("lm", "knn")
 
 
+def test_a_store_of_another_model_is_refused(store, model):
+    """Also where the model is used alone, since a limit on copies looks for its tokens in the store; and for other keys
+    of the same model."""
+    other, unlike = copy.copy(model), copy.copy(model)
+    other.fingerprint = "0" * 64
+    unlike.key_spec = replace(model.key_spec, layer="last_hidden_state")
+    for wrong, said in ((other, "holds keys of the model"), (unlike, "layer 'last_hidden_state' instead of")):
+        for asked in ({"use": ["lm"]}, {"weights": WEIGHTS}):
+            with pytest.raises(StoreError, match=said):
+                silo.load(wrong, store=store, **asked)
+
+
 def test_explain_splits_every_token(store, various, model):
     """The shares of a token sum to its probability under the mixture, and its pieces to the text."""
     lm = silo.load(model, store=store, weights=WEIGHTS)
@@ -216,6 +229,14 @@ def test_generate_writes_and_names_its_sources(store, model_dir, tmp_path):
     shown = run(PROMPT, *common, "--temperature", "0", "--purpose", "research")
     assert shown.exit_code == 0
     assert "come from the model itself" in shown.stdout
+
+
+def test_names_are_shown_as_they_are(capsys):
+    """Brackets in what stands behind a text are no markup of its table."""
+    names = {"document": "[/x]", "owner": "dependabot[bot]", "license": "[b]MIT", "source": "[red]web", "title": ""}
+    render({"text": "", "tokens": [], "lm": {"tokens": 0.0}, "documents": [{**names, "tokens": 1.0}], "notice": ""})
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in names.values())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from datastore import groups
 from datastore.history import read
 from datastore.signing import load_key, signer
 from datastore.store import Selection, Store
-from datastore.verification import find_traces
+from datastore.verification import RUN_TOKENS, find_traces
 from silo.cli import main
 from silo.documents import Document
 from silo.errors import DataError, IntegrityError, UsageError
@@ -221,6 +221,19 @@ def test_absence_is_proved_and_presence_found(make_store, distinct, model, model
     assert {trace.kind for trace in find_traces(store, gone[:1])} == {"bytes"}
 
 
+@pytest.mark.parametrize("text", ["content_hash", "Meet me at noon behind the old mill."])
+def test_a_short_text_is_found_until_it_is_gone(make_store, distinct, text):
+    """A text of fewer tokens than a trace has is found as long as the store holds it, and no longer, though receipts
+    may hold its few bytes for ever."""
+    store = make_store("store", [*distinct, replace(distinct[0], id="short", text=text)])
+    short = [Document(id="short", text=text)]
+    assert len(store.tokenizer.encode(text).ids) < RUN_TOKENS
+    assert {"tokens.npy"} == {trace.file.name for trace in find_traces(store, short) if trace.kind == "tokens"}
+    store.remove(Selection(documents=("short",)))
+    assert (text == "content_hash") == any(text.encode() in path.read_bytes() for path in store.path.rglob("*.json"))
+    assert list(find_traces(store, short)) == []
+
+
 @pytest.mark.parametrize("part", ["blocks", "sketches", "keys", "suffixes"])
 def test_deep_verification_compares_what_is_derived(make_store, distinct, part):
     """A search structure that was made of something else, with every checksum made good, is found and named."""
@@ -249,6 +262,19 @@ def test_show_tells_what_a_store_is(make_store, distinct, model):
     text = run("show", store.path).stdout
     for words in ("model", "Ada", "GPL-3.0-only"):
         assert words in text
+
+
+def test_names_are_shown_as_they_are(make_store, distinct):
+    """Brackets in the names of owners and licences are no markup of the tables."""
+    owners = ("dependabot[bot]", "[/x]")
+    named = [replace(each, owner=owner, license=f"[b]{owner}") for each, owner in zip(distinct, owners, strict=False)]
+    store = make_store("store", named)
+    for command in ("list", "show"):
+        result = run(command, store.path)
+        assert result.exit_code == 0
+        for owner in owners:
+            assert f" {owner} " in result.stdout
+            assert f" [b]{owner} " in result.stdout
 
 
 def test_a_store_that_was_searched_keeps_no_map_of_what_it_removed(make_store, distinct):

@@ -1,14 +1,18 @@
 """Adding as a stream: what was encoded survives an interruption, is used again, and never outlives a change."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from datastore.spool import Spool, count
 from datastore.store import Selection, Store
+from datastore.verification import find_traces
+from silo.cli import main
 from silo.documents import DocumentFiles
-from silo.errors import UsageError
+from silo.errors import DataError, UsageError
 
 
 class Stop(Exception):
@@ -122,6 +126,37 @@ def test_removal_of_what_is_only_in_the_spool_deletes_it(make_store, model, few)
     with pytest.raises(UsageError, match=f"no owner '{rest[0].owner}' is in the store"):
         Store.open(store.path).remove(Selection(owners=(rest[0].owner,)))
     assert not any(needle in path.read_bytes() for path in store.path.rglob("*") if path.is_file())
+
+
+def test_what_an_unfinished_add_has_encoded_is_not_absent(make_store, model, few, tmp_path):
+    """Tokens and codes in the spool are traces, the command says where they come from, and a removal ends it."""
+    store = make_store("store", [])
+    interrupted(store, model, few, after=1)
+    found = find_traces(store, few[:1], model)
+    assert [(trace.kind, trace.file.name) for trace in found] == [("codes", "codes.bin"), ("tokens", "tokens.bin")]
+    file = tmp_path / "gone.jsonl"
+    file.write_text(json.dumps(few[0].to_json()) + "\n")
+    verify = ["datastore", "verify", str(store.path), "--absent", str(file)]
+    result = CliRunner().invoke(main, verify)
+    assert result.exit_code == 1
+    assert "tokens.bin holds tokens of document 'Ada/0'; it is not gone: an unfinished add has" in result.stderr
+    with pytest.raises(UsageError):
+        Store.open(store.path).remove(Selection(documents=("Ada/0",)))
+    assert CliRunner().invoke(main, verify).exit_code == 0
+
+
+def test_a_document_that_vanishes_while_it_is_added_is_named(make_store, model, few, bytes_of):
+    """Where an input changes between its check and its encoding, what is missing is said, and nothing is added."""
+    store = make_store("store", few[:1])
+    before = bytes_of(store.path)
+
+    class Changing(list):
+        def __iter__(self):
+            yield from self.pop()
+
+    with pytest.raises(DataError, match="'Mary/0' was there when the input was checked"):
+        store.add(Changing([few[1:2], few[1:3]]), model)
+    assert bytes_of(store.path) == before
 
 
 def test_spool_of_a_committed_add_is_collected(make_store, model, few):

@@ -232,6 +232,16 @@ def spread_by_hand(found):
     }
 
 
+@pytest.mark.parametrize("length", [0, 64, 65])
+def test_suffixes_too_long_to_be_counted_are_refused(length):
+    """Suffixes of one length are told up to the length that every run is compared to, and longer ones are an error."""
+    text = list(range(70))
+    matches = match(index_of([text], 1), text)
+    assert matches.shorter(runs.FAR - 1).counts[runs.FAR :].tolist() == [1] * 6 + [0]
+    with pytest.raises(UsageError, match="expected 1 to 63"):
+        matches.shorter(length)
+
+
 @given(corpora, queries)
 @example([[0, 1, 0, 1, 0]], [[1, 0, 1, 0, 1]])
 @settings(deadline=None, max_examples=50)

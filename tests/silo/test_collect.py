@@ -12,7 +12,7 @@ from silo.audit import read_findings
 from silo.collect import MARGIN_WORDS, collect, without
 from silo.corpus import SIDES, Corpus, split_of
 from silo.documents import Document
-from silo.errors import SiloError
+from silo.errors import SiloError, UsageError
 from silo.licensing import Policy, Tier
 
 WORDS = [f"word{n}" for n in range(5000)]
@@ -176,6 +176,47 @@ def test_near_duplicates_go_and_the_held_out_one_stays(tmp_path: Path):
         rows = [document(in_train("a"), " ".join(one)), document(second, " ".join(twin))]
         out = collected(tmp_path, rows, f"out-{second}")
         assert set(documents(out)) == {kept}
+
+
+def test_a_licence_is_written_as_it_will_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Blanks around the licence of a source's document, or none at all, leave a corpus that agrees with its index."""
+    odd = [
+        Document(id="a", text=prose(1, 50), license=" MIT\r"),
+        Document(id="b", text=prose(2, 50), license="ours\r"),
+        Document(id="c", text=prose(3, 50), license=""),
+    ]
+    monkeypatch.setattr("silo.collect.open_source", lambda spec, **_: iter(odd))
+    collect(["odd"], tmp_path / "out")
+    assert {id: each.license for id, each in documents(tmp_path / "out").items()} == {"a": "MIT"}
+    restricted = documents(tmp_path / "out", "restricted")
+    assert {id: each.license for id, each in restricted.items()} == {"b": "ours", "c": "NOASSERTION"}
+
+
+def test_pairs_that_were_collected_are_not_drawn_again(tmp_path: Path):
+    """A corpus with pairs, collected once more with pairs, has each of them once."""
+    function = "def add(a, b):\n    'Add two.'\n    c = a\n    c += b\n    return c\n"
+    file = in_train("f")
+    one = collected(tmp_path, [document(file, f"'''{prose(1, 200)}'''\n{function}")], "one", pairs=True)
+    assert set(documents(one)) == {file, f"{file}#add"}
+    collect([str(one / "permissive" / "train.jsonl")], tmp_path / "two", pairs=True)
+    assert [row.id for row in Corpus.open(tmp_path / "two" / "permissive").rows] == [file, f"{file}#add"]
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path: Path):
+    """The corpus goes where the link leads, and the link stays."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    collected(tmp_path, [document("a", prose(1, 50))], "link")
+    assert (tmp_path / "link").is_symlink()
+    assert set(documents(tmp_path / "real")) == {"a"}
+
+
+def test_a_mount_point_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A directory that no rename can replace is refused before a source is read."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(UsageError, match="out is a mount point"):
+        collect([str(tmp_path / "no-such-source")], tmp_path / "out")
 
 
 def test_free_form_licences_are_read(tmp_path: Path):

@@ -215,6 +215,21 @@ def test_a_pattern_frees_no_expression_that_merely_begins_like_it():
     assert tier_of("CC-BY-SA-4.0 AND GPL-3.0-only", policy) is Tier.RESTRICTED
 
 
+@pytest.mark.parametrize(
+    "license",
+    ["MIT/GPL-3.0-only", "MIT,GPL-2.0", "MIT;GPL-2.0", "MIT|GPL-2.0", "MIT&GPL-2.0", "MIT+GPL-2.0", "MIT_GPL-2.0",
+     "MIT\tAND\tGPL-3.0-only", "MIT\nGPL-3.0-only", "MIT(GPL-3.0-only)", "MIT\u00a0GPL-3.0-only"],
+)  # fmt: skip
+def test_a_pattern_frees_one_identifier_alone(license):
+    """Whatever joins another licence to one that a pattern frees, the whole is as restricted as without the policy; a
+    pattern that refuses takes in what cannot be read."""
+    policy = Policy(licenses=(("MIT*", Tier.SW), ("LicenseRef-*", Tier.BY), ("Ours/*", Tier.REFUSED)))
+    for each in (license, policy.read_license(license)):
+        assert not tier_of(each, policy).permissive
+    for known, tier in (("MIT-0", Tier.SW), ("mit+", Tier.SW), ("LicenseRef-own.1", Tier.BY), ("Ours/a", Tier.REFUSED)):
+        assert tier_of(known, policy) is tier
+
+
 def test_the_fingerprint_follows_the_rules():
     """Two policies share a fingerprint exactly if they say the same."""
     assert Policy().fingerprint == Policy().fingerprint

@@ -1,7 +1,10 @@
 """Sources: what becomes a document, and what is refused with which reason."""
 
+import io
 import json
+import os
 import subprocess
+import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from silo.collect import collect
+from silo.corpus import SIDES, Corpus
 from silo.errors import DataError, UsageError
 from silo.files import sha256
 from silo.findings import Finding
@@ -280,6 +285,58 @@ def test_a_directory_is_read_as_the_reuse_specification_has_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("tag", "license"),
+    [
+        (b"# SPDX-License-Identifier: MIT\r\nx = 1\r\n", "MIT"),
+        (b"/* SPDX-License-Identifier: MIT */\r\n", "MIT"),
+        (b"# SPDX-License-Identifier: MIT\x0c\n", "MIT"),
+        (b"# SPDX-License-Identifier:\nx = 1\n", "NOASSERTION"),
+        (b"# SPDX-License-Identifier: \r\nx = 1\r\n", "NOASSERTION"),
+    ],
+)
+def test_a_tag_ends_with_its_line_whatever_ends_lines(tmp_path: Path, tag, license):
+    """Line ends and blanks are no part of a licence, an empty tag states none, and the corpus can be read again."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.py").write_bytes(tag)
+    (document,) = open_source(str(tmp_path / "in"))
+    assert document.license == license
+    collect([str(tmp_path / "in")], tmp_path / "out")
+    corpus = Corpus.open(tmp_path / "out" / ("permissive" if license == "MIT" else "restricted"))
+    assert [each.license for split in SIDES[corpus.manifest["side"]] for each in corpus.documents(split)] == [license]
+
+
+def test_a_name_on_disk_that_is_no_unicode_is_refused(tmp_path: Path):
+    """Files whose names are no UTF-8 are listed, whatever their kind, and the others are collected."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.txt").write_text("text")
+    for name in (b"caf\xe9.txt", b"caf\xe9.bin"):
+        (tmp_path / "in" / os.fsdecode(name)).write_text("text")
+    summary = collect([str(tmp_path / "in")], tmp_path / "out")
+    assert [(group["reason"], group["examples"][0]["id"]) for group in summary["refused"]] == [
+        ("a file of a kind that is not read: .bin", "caf\\udce9.bin"),
+        ("its name is not UTF-8", "caf\\udce9.txt"),
+    ]
+
+
+def test_parquet_rows_are_named_by_their_file_s_place(tmp_path: Path):
+    """Files of one name in two directories have rows of their own; a number is an id, the number 0 too."""
+    for language in ("en", "fr"):
+        (tmp_path / language).mkdir()
+        table = pyarrow.Table.from_pylist([{"text": f"one, {language}"}, {"text": f"two, {language}"}])
+        pyarrow.parquet.write_table(table, tmp_path / language / "train.parquet")
+    rows = [{"id": 7, "text": "seven"}, {"id": 0, "text": "zero"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "own.parquet")
+    assert {document.id: document.text for document in open_source(str(tmp_path))} == {
+        "en/train.parquet/0": "one, en",
+        "en/train.parquet/1": "two, en",
+        "fr/train.parquet/0": "one, fr",
+        "fr/train.parquet/1": "two, fr",
+        "own.parquet/7": "seven",
+        "own.parquet/0": "zero",
+    }
+
+
+@pytest.mark.parametrize(
     ("spec", "complaint"),
     [
         ("python:no-such-distribution-xq", "not installed here"),
@@ -312,3 +369,52 @@ def test_damaged_archives_are_data_errors(tmp_path: Path):
     write_wheel(tmp_path / WHEEL, {})
     with pytest.raises(DataError, match=r"holds no \.py file"):
         open_source("pypi:tiny-pkg==1.0", downloads=tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["METADATA", "LICENSE", "a.py"])
+def test_a_damaged_file_of_a_wheel_is_named(tmp_path: Path, damaged):
+    """Whichever member of a wheel is damaged, metadata and licence files too, the error names it."""
+    write_wheel(tmp_path / WHEEL, {"a.py": CODE.encode(), "LICENSE": b"MIT License"})
+    data = (tmp_path / WHEEL).read_bytes()
+    content = {"METADATA": b"Ada Lovelace", "LICENSE": b"MIT License", "a.py": b"def add"}[damaged]
+    (tmp_path / WHEEL).write_bytes(data.replace(content, content[::-1], 1))
+    with pytest.raises(DataError, match=f"{damaged} is damaged in the archive"):
+        list(open_source("pypi:tiny-pkg==1.0", downloads=tmp_path))
+
+
+def test_links_that_lead_nowhere_are_told(tmp_path: Path):
+    """Links of an sdist to what it does not hold, or to themselves, a licence file too, are among the refusals, and the
+    rest is read."""
+    with tarfile.open(tmp_path / "tiny_pkg-1.0.tar.gz", "w:gz") as archive:
+        for name, data in (("PKG-INFO", METADATA.format(license="MIT").encode()), ("a.py", CODE.encode())):
+            member = tarfile.TarInfo(f"tiny_pkg-1.0/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, target in (("LICENSE", "../LICENSE"), ("b.py", "b.py")):
+            link = tarfile.TarInfo(f"tiny_pkg-1.0/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            archive.addfile(link)
+    found: list[Finding] = []
+    (document,) = open_source("pypi:tiny-pkg==1.0", downloads=tmp_path, findings=found.append)
+    assert (document.title, document.license) == ("a.py", "MIT")
+    gone = "listed by the distribution, and not there"
+    assert [(each.id, each.reason) for each in found] == [("pypi:Tiny.Pkg/LICENSE", gone), ("pypi:Tiny.Pkg/b.py", gone)]
+
+
+def test_a_licence_file_that_is_gone_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An installed distribution whose listed files are partly gone, its licence file too, gives the others."""
+    information = tmp_path / "other-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Name: other\nVersion: 1.0\nLicense-Expression: MIT\n")
+    (information / "RECORD").write_text("other.py,,\ngone.py,,\nother-1.0.dist-info/LICENSE,,\n")
+    (tmp_path / "other.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    (document,) = open_source("python:other")
+    assert (document.title, document.license) == ("other.py", "MIT")
+
+
+def test_another_wheel_among_the_downloads_is_passed_over(tmp_path: Path):
+    """A file that is called a wheel and has no version in its name is none that is looked for."""
+    (tmp_path / "test.whl").write_bytes(b"")
+    write_wheel(tmp_path / WHEEL, {"a.py": CODE.encode()})
+    assert len(list(open_source("pypi:tiny-pkg==1.0", downloads=tmp_path))) == 1
