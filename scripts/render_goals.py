@@ -16,7 +16,9 @@ STORE, LEFT, GATE = 0.75, 0.99, 1.03
 of weights tuned on each domain."""
 WHY = {
     ("evaluation", "scoring by the model alone"): "both spend their time in the same products, which one library "
-    "multiplies for both on a processor without AVX-512",
+    "multiplies for both, unless there is AVX-512 and the processor is not of that library's maker",
+    ("mixing", "scoring, all methods"): "where vectors are wide the model's products take half the time, and to choose "
+    "among neighbours takes what it took",
     ("mixing", "∞-gram, 200 owners"): "one owner's tokens are one group, and those of 200 owners just over what one "
     "group holds; within a group owners cost nothing",
     (
@@ -24,8 +26,8 @@ WHY = {
         "neighbours alone / knn-transformers",
     ): "its loop is hardly more than FAISS's own search; ours is faster, "
     "and its products alone, which no exact search is without, are a good part of what it takes",
-    ("mixing", "neighbours alone / silo-lm"): "keys are wider than the small model's, and products, which both need, a "
-    "larger part",
+    ("mixing", "neighbours alone / silo-lm"): "of wide keys products, which both need, are a larger part; and where "
+    "vectors are wide its scan gains more than our choosing among neighbours",
     ("model", "training a dense decoder"): "both are the same products by the same library",
     ("model", "training top-2 of 8 experts"): "the peer multiplies its experts in groups too; most of a step is the "
     "same products by the same library",
