@@ -30,7 +30,7 @@ NO_LICENSE = "NOASSERTION"
 _IDENTIFIER = re.compile(r"[A-Za-z0-9.:-]+\+?")
 """One licence as SPDX spells it. A plus elsewhere than at the end stands between two, in the words of real metadata."""
 
-RULES = 2
+RULES = 3
 """Version of the reading below. It is part of every policy's fingerprint, so that a changed reading shows."""
 
 
