@@ -68,7 +68,7 @@ def main(corpus: Path, rounds: int) -> dict[str, Any]:
     result, fingerprint = {}, ""
     for name, overrides in SHAPES.items():
         with tempfile.TemporaryDirectory() as root:
-            settings = [f"corpus={corpus}", f"output={root}/model", "token_budget=1000000000", "learning_rate=1e-6"]
+            settings = [f"corpus={corpus}", f"output={root}/model", "token_budget=1000000000", "learning_rate=1e-9"]
             settings += overrides
             recipe = load_config(Recipe, RECIPES / "nano.yaml", settings)
             _, _, tokens = open_inputs(recipe)
