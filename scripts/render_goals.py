@@ -31,6 +31,9 @@ WHY = {
     ("model", "training a dense decoder"): "both are the same products by the same library",
     ("model", "training top-2 of 8 experts"): "the peer multiplies its experts in groups too; most of a step is the "
     "same products by the same library",
+    ("model_not_fused", "training PEER, 65 k experts"): "the machine had other work, which the clock counts; by "
+    "processor time it is reached",
+    ("model", "training PEER, 65 k experts"): "the peer was given torch's fused AdamW, which it does not come with",
     (
         "model",
         "training PEER, a million experts / PEER-pytorch",
@@ -38,8 +41,6 @@ WHY = {
     "not come with; the section without says what it takes as it comes",
     ("model", "training PEER, a million experts / our 65 k"): "as many picks hit more different rows of a million than "
     "of 65 k, and memory is what a step waits for",
-    ("model_not_fused", "training PEER, 65 k experts"): "the machine had other work, which the clock counts; by "
-    "processor time it is reached",
     ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are several",
     (
         "store",
