@@ -3,7 +3,7 @@
 A harness that takes logits of every position, normalises them and looks for the best token writes the vocabulary's
 width three times a token, pads what it batches to the longest, and multiplies by the library that torch prefers. Here
 windows of all texts are batched by their length, positions that are not scored have no logits, the others' stay in the
-processor's cache, and oneDNN multiplies (:mod:`silo.products`).
+processor's cache, and oneDNN multiplies where it is the faster library (:mod:`silo.products`).
 
 Batches depend on the lengths of all texts, so a text's last bits may depend on which others are scored with it. The
 same texts give the same bits. A store's keys need more than that (law 3) and do not come from here.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bench.harness import Measured
 from bench.ratios import Ratio, ratios
 from render_model import columns
 
@@ -117,13 +116,9 @@ def _goal(name: str, ratio: Ratio) -> Goal:
         ratio.what,
         f"{unit} of {ratio.peer}",
         f"{bound} {ratio.goal:g}",
-        _told(ratio.measured),
+        str(ratio.measured),
         bool(ratio.reached),
     )
-
-
-def _told(measured: Measured) -> str:
-    return f"{measured.value:.3g} ({measured.low:.3g} to {measured.high:.3g})"
 
 
 def _of_experiments(records: Mapping[str, dict[str, Any]]) -> Iterator[Goal]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bench.check import differences, moved
-from bench.ratios import Ratio, ratios
+from bench.ratios import ratios
 from recording import processor
 
 Record = dict[str, Any]
@@ -71,12 +71,7 @@ def _rows(name: str, first: Record, second: Record) -> Iterator[str]:
     before, after = ({each.name: each for each in ratios(record, name)} for record in (first, second))
     for ratio in before.keys() & after.keys():
         pair = before[ratio], after[ratio]
-        yield f"| {name} | {ratio} | {_told(pair[0])} | {_told(pair[1])} | {moved(*pair)} |"
-
-
-def _told(ratio: Ratio) -> str:
-    of = ratio.measured
-    return f"{of.value:.3g} ({of.low:.3g} to {of.high:.3g})"
+        yield f"| {name} | {ratio} | {pair[0].measured} | {pair[1].measured} | {moved(*pair)} |"
 
 
 def _when(record: Record) -> str:

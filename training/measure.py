@@ -47,21 +47,22 @@ def validation_loss(model: Any, mixture: Mixture, sequences: int) -> dict[str, f
 
     Only the language-model loss counts: what routers add to balance their experts is no property of the text.
     """
+    with evaluating(model):
+        found = {name: _loss(model, mixture, mixture.first(name, sequences)) for name in mixture.domains}
+    return {name: total / count for name, (total, count) in found.items() if count}
+
+
+def _loss(model: Any, mixture: Mixture, chosen: Sequence[tuple[str, int]]) -> tuple[float, int]:
+    """The sum of the losses of some sequences, and how many tokens they are of."""
     device = next(model.parameters()).device
-    losses = {}
-    for name in mixture.domains:
-        chosen = mixture.first(name, sequences)
-        total, count = 0.0, 0
-        for at in range(0, len(chosen), BATCH):
-            batch = {key: value.to(device) for key, value in mixture.batch(chosen[at : at + BATCH]).items()}
-            labels = batch["labels"][:, 1:]
-            with evaluating(model):
-                logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-            total += float(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
-            count += int((labels >= 0).sum())
-        if count:
-            losses[name] = total / count
-    return losses
+    total, count = 0.0, 0
+    for at in range(0, len(chosen), BATCH):
+        batch = {key: value.to(device) for key, value in mixture.batch(chosen[at : at + BATCH]).items()}
+        labels = batch["labels"][:, 1:]
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+        total += float(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
+        count += int((labels >= 0).sum())
+    return total, count
 
 
 EXPERTS = {"moe": "num_experts", "averaged": "num_experts", "peer": "peer_num_experts", "pkm": "pkm_num_values"}

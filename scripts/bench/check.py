@@ -89,17 +89,20 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     old, new = ({each.name: each for each in ratios(record)} for record in (before, after))
     found = Comparison([], [], [], [f"{name}: only in one of them" for name in sorted(old.keys() ^ new.keys())])
     for name in old:
-        if name in new and (old[name].measured.once or new[name].measured.once):
-            found.apart.append(f"{name}: of one round, which has no spread")
-        elif name in new:
+        if name in new:
             kind = moved(old[name], new[name])
             line = f"{name}: {new[name].measured}, was {old[name].measured}"
-            {"worse": found.worse, "better": found.better, "equal": found.equal}[kind].append(line)
+            if kind == "of one round":
+                found.apart.append(f"{name}: {kind}, which has no spread")
+            else:
+                {"worse": found.worse, "better": found.better, "equal": found.equal}[kind].append(line)
     return found
 
 
 def moved(old: Ratio, new: Ratio) -> str:
-    """Whether a ratio got worse or better by more than both spreads, or neither."""
+    """Whether a ratio got worse or better by more than both spreads, or neither; or cannot be said, of one round."""
+    if old.measured.once or new.measured.once:
+        return "of one round"
     fell, rose = new.measured.high < old.measured.low, new.measured.low > old.measured.high
     if not (fell or rose):
         return "equal"

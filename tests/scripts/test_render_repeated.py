@@ -47,6 +47,15 @@ def test_another_day(render, store, second):
     assert worse.startswith("| store | neighbours, 200 owners / speed of one FAISS index | ")
 
 
+def test_one_round_is_no_second_run(render, store, second):
+    """A ratio without a spread is neither equal nor worse."""
+    found = second["result"]["neighbours"]
+    found["spread"]["200"] = 2 * [found["ratio_to_merged"]["200"]]
+    told = render.another_day({"store": store}, {"store": second}, {})
+    assert "11 of 12 ratios agree" in told
+    assert sum(line.endswith("| of one round |") for line in told.splitlines()) == 1
+
+
 def test_another_day_is_of_the_same_work(render, store):
     """A run with another seed is no second run, and neither is one on another processor."""
     with pytest.raises(ValueError, match="store was repeated with something else: seed was 0 and is 1"):
