@@ -23,6 +23,9 @@ from silo.retrieval import Metric
 _SCALAR = {"sq8": faiss.ScalarQuantizer.QT_8bit, "fp16": faiss.ScalarQuantizer.QT_fp16}
 _PRODUCT = re.compile(r"pq([1-9]\d*)")
 _BITS = 8
+WHOLE_SQUARES = 1 << 38
+"""What the squares of all steps are rounded to be together. Times 128², the largest code's, it is 2 ^ 52: float64 has
+such whole numbers, and their sum is the same in whatever order they are added."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,18 @@ class Codes:
         """(dimension,) float32: how far the values of a coordinate of ``sq8`` are apart."""
         return self.fitted[self.dimension :] / np.float32(255)
 
-    def squares(self, numbers: np.ndarray) -> np.ndarray:
-        """What :meth:`datastore.queries.Queries.finish` wants of keys besides their products: (…,) float32, each a
-        function of its code alone, bit for bit.
-
-        ``numbers`` are :func:`whole` codes (…, bytes) as float32, and are written over.
-        """
+    def squares(self, codes: np.ndarray) -> np.ndarray:
+        """What :class:`datastore.queries.Queries` wants of keys besides their products: (n,) float32 of codes (n,
+        bytes), each a function of its code alone, bit for bit: Σ (step · c)², c a code less 128."""
         if self.name != "sq8":
-            return np.zeros(numbers.shape[:-1], dtype=np.float32)
-        numbers *= self.step
-        return np.einsum("...d,...d->...", numbers, numbers)
+            return np.zeros(len(codes), dtype=np.float32)
+        from datastore.choosing import whole_squares  # what is compiled takes time to import
+
+        squares = self.step.astype(np.float64) ** 2
+        unit = max(squares.sum(), np.finfo(np.float64).tiny) / WHOLE_SQUARES
+        sums = np.empty(len(codes))
+        whole_squares(np.rint(squares / unit), codes, sums)
+        return (sums * unit).astype(np.float32)
 
     def index(self, coarse: faiss.IndexFlat, lists: int, metric: Metric = "l2") -> Any:
         """A FAISS index of so many inverted lists of such codes, which has none yet.

@@ -14,19 +14,17 @@ A group's rows stand in the order (shard name, document id, position). In the li
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
-import faiss
 import numpy as np
 
-from datastore.codes import Codes, whole
+from datastore.codes import Codes
 from datastore.shard import DocumentRow, Shard
-from silo.errors import StoreError
 from silo.files import sha256, write_array, write_rows
 
 FILES = ("lists.bin", "sizes.npy", "places.npy", "tokens.npy", "begins.npy", "ids.npy")
@@ -117,6 +115,25 @@ def _before(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
 
 
+class Lists(NamedTuple):
+    """Inverted lists as the compiled loops of :mod:`datastore.choosing` read them."""
+
+    file: np.ndarray
+    """(bytes,) uint8, mapped from disk."""
+    numbers: np.ndarray
+    """The same as int64."""
+    codes: np.ndarray
+    """(lists,) int64, where the codes of each list begin in ``file``."""
+    rows: np.ndarray
+    """(lists,) int64, where its row numbers do in ``numbers``."""
+    sizes: np.ndarray
+    """(lists,) int64, how many keys each has."""
+    firsts: np.ndarray
+    """(lists,) int64, where each begins in ``squares``."""
+    squares: np.ndarray
+    """float32, :meth:`datastore.codes.Codes.squares` of the keys of those lists of which they were asked for."""
+
+
 class KeyGroup:
     """The keys of one group, mapped from disk."""
 
@@ -130,7 +147,6 @@ class KeyGroup:
         """
         self.first_row = first_row
         self.document = document
-        self._directory = directory
         self._sizes = np.load(directory / "sizes.npy")
         self.tokens = np.load(directory / "tokens.npy", mmap_mode="r")
         self.begins = np.load(directory / "begins.npy", mmap_mode="r")
@@ -141,7 +157,7 @@ class KeyGroup:
         self._file = (
             np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.num_keys else np.zeros(0, np.uint8)
         )
-        self._squares: dict[int, np.ndarray] = {}
+        self._squared = np.zeros(len(self._sizes), dtype=bool)
         self._width = len(self._file) // max(1, int(self._capacity.sum())) - _ROW_BYTES  # bytes a code, if there is any
         self._firsts = _before(self._capacity)
         self._places = np.load(directory / "places.npy", mmap_mode="r")
@@ -165,11 +181,22 @@ class KeyGroup:
             self._file[rows : rows + size * _ROW_BYTES].view(np.int64),
         )
 
+    @cached_property
+    def lists(self) -> Lists:
+        """All of them."""
+        codes = self._firsts * (self._width + _ROW_BYTES)
+        rows = (codes + self._capacity * self._width) // _ROW_BYTES
+        squares = np.empty(int(self._capacity.sum()), dtype=np.float32)  # which takes no memory until they are known
+        return Lists(self._file, self._file.view(np.int64), codes, rows, self._sizes, self._firsts, squares)
+
     def squares(self, number: int, codes: Codes) -> np.ndarray:
         """:meth:`Codes.squares` of the keys of a list, (n,); kept from when they are first asked for, 4 bytes a key."""
-        if number not in self._squares:
-            self._squares[number] = codes.squares(whole(self.list(number)[0]).astype(np.float32))
-        return self._squares[number]
+        first = int(self._firsts[number])
+        kept = self.lists.squares[first : first + int(self._sizes[number])]
+        if not self._squared[number]:
+            kept[:] = codes.squares(self.list(number)[0])
+            self._squared[number] = True
+        return kept
 
     def codes(self, rows: np.ndarray) -> np.ndarray:
         """The codes (n, bytes) of rows (n,), numbered from the group's first; of one without a key, any."""
@@ -179,28 +206,3 @@ class KeyGroup:
         begins = places * self._width + self._firsts[list_of] * _ROW_BYTES
         every_byte = (max(0, len(self._file) - self._width + 1), self._width)
         return np.lib.stride_tricks.as_strided(self._file, every_byte, (1, 1), writeable=False)[begins]
-
-    def inverted_lists(self) -> faiss.OnDiskInvertedLists:
-        """The lists as FAISS sees them. The file stays mapped as long as the result lives, also if it is deleted.
-
-        Raises:
-            StoreError: it is deleted already.
-        """
-        found: Any = faiss.OnDiskInvertedLists()
-        found.nlist, found.code_size, found.read_only = len(self._sizes), self._width, True
-        found.filename = str(self._directory / "lists.bin")
-        found.prefetch_nthread = 0  # FAISS would start 32 threads a search to touch pages: 1.4 times as slow, measured
-        found.totsize = len(self._file)
-        found.lists.resize(len(self._sizes))
-        # OnDiskOneList is three size_t: size, capacity, offset. Set all at once: there are thousands in each group.
-        address = int(found.lists.data().this)
-        memory: Any = (ctypes.c_uint64 * (3 * len(self._sizes))).from_address(address)
-        table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
-        table[:, 0], table[:, 1] = self._sizes, self._capacity
-        table[:, 2] = self._firsts * (self._width + _ROW_BYTES)
-        if found.totsize:
-            try:
-                found.do_mmap()
-            except RuntimeError as error:  # the file, which is mapped already, is opened once more by its name
-                raise StoreError(f"{found.filename} cannot be mapped ({error}); open the store again") from None
-        return found

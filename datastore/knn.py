@@ -1,8 +1,7 @@
 """Nearest neighbours over all groups of a store (kNN-LM, Khandelwal 2020).
 
-Inverted lists are read in every group where they lie, mapped from disk: each once for all the queries that probe it
-(:mod:`datastore.scan`), or, where queries are few, by FAISS for each query (:mod:`datastore.lists`). Both give the same
-bits.
+Inverted lists are read in every group where they lie, mapped from disk, each once for all the queries that probe it
+(:mod:`datastore.scan`).
 
 Neighbours can also be followed instead of searched for (RetoMaton, Alon 2022): where a neighbour's token is the one
 that the text went on with, the next key of its document is a candidate for the next query. What is then measured are
@@ -21,18 +20,12 @@ import numpy as np
 
 from datastore.control import ControlPlane
 from datastore.keys import KeyGroup
-from datastore.lists import StackedLists
-from datastore.queries import Queries, Workspace, prepare
-from datastore.scan import Scan, in_threads, tables
+from datastore.queries import Queries, prepare
+from datastore.scan import Documents, Scan, in_threads, merged
 from silo.retrieval import PROBES, Metric, SourceDocument
 
 QUERIES_PER_BATCH = 1 << 14
 """Queries that are searched for at a time, which bounds the memory that their candidates take."""
-DECODED_PER_LIST = 1 << 22
-"""From so many coordinates on that FAISS would decode of a list for the queries that probe it, all in all, reading each
-list once is quicker: some five queries for 4 k keys of 192 coordinates, or two if they have 576."""
-SPARE = 32
-"""Neighbours that are fetched beyond k where FAISS reads the lists."""
 MEASURED_AT_ONCE = 16
 """Queries whose keys are measured at a time."""
 
@@ -75,9 +68,11 @@ class NeighbourIndex:
         )
         """How many keys there are to be found. (Not a length: an empty index would be false.)"""
         self._control, self._probes, self._metric = control, probes, metric
-        self._space = Workspace()
-        self._stacked = StackedLists(self._groups, control, self._selected)
         self._usual = np.float32((control.centroids.astype(np.float64) ** 2).sum(axis=1).mean())
+
+    @cached_property
+    def _documents(self) -> Documents:
+        return Documents.of(self._groups)
 
     def search(self, keys: np.ndarray, k: int) -> FoundNeighbours:
         """The ``k`` nearest of the rows in the probed lists, for (n, dimension) float32 queries."""
@@ -96,35 +91,7 @@ class NeighbourIndex:
         """The same, all at once."""
         asked = prepare(self._control.codes, keys, self._metric)
         probed = self._control.nearest(keys, self._probes, self._metric)
-        decoded = probed.size * self._control.dimension * self.num_keys / len(self._control.centroids) ** 2
-        if decoded >= DECODED_PER_LIST or self._metric != "l2" or not self.num_keys:
-            return self._scanned(asked, k, probed)
-        return self._one_by_one(asked, k, probed)
-
-    def _scanned(self, asked: Queries, k: int, probed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and rows (n, k) where each list is read once for all queries."""
-        distances = np.full((len(asked), k), np.inf, dtype=np.float32)
-        rows = np.full((len(asked), k), -1, dtype=np.int64)
-        scan = Scan(self._groups, self._selected, self._control.codes, asked, k)
-        for found in scan.run(probed, lambda part: [(of, *self._ordered(*each)) for of, *each in tables(part)]):
-            for of, near, there in found:
-                distances[of, : near.shape[1]], rows[of, : near.shape[1]] = near[:, :k], there[:, :k]
-        return distances, rows
-
-    def _one_by_one(self, asked: Queries, k: int, probed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same where FAISS reads lists for each query.
-
-        It measures a little differently, so some more are fetched than asked for, and all are measured again. Where
-        what it did not fetch might still be as near as the k-th, the lists are scanned.
-        """
-        far, rows = self._stacked.nearest(asked.keys, k + SPARE, probed)
-        distances, rows = self._measured(asked, rows)
-        certain = (rows[:, -1] < 0) | (asked.beyond(far[:, -1]) > distances[:, k - 1])
-        distances, rows = distances[:, :k], rows[:, :k]
-        rest = np.flatnonzero(~certain)
-        if len(rest):
-            distances[rest], rows[rest] = self._scanned(asked.chosen(rest), k, probed[rest])
-        return distances, rows
+        return Scan(self._groups, self._selected, self._documents, self._control.codes, asked, k).run(probed)
 
     def follow(
         self, keys: np.ndarray, tokens: np.ndarray, k: int, *, turns: np.ndarray, pointers: int, wanted: np.ndarray
@@ -179,7 +146,7 @@ class NeighbourIndex:
         def measure(at: np.ndarray) -> None:
             there = rows[at] >= 0
             codes = self._codes(np.where(there, rows[at], self._groups[0].first_row))
-            distances[at] = np.where(there, asked.chosen(at).measured(codes, self._space), np.inf)
+            distances[at] = np.where(there, asked.chosen(at).measured(codes), np.inf)
 
         numbers = np.arange(len(rows))
         for _ in in_threads(measure, np.split(numbers, numbers[MEASURED_AT_ONCE::MEASURED_AT_ONCE])):
@@ -198,23 +165,7 @@ class NeighbourIndex:
     def _ordered(self, distances: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distances and rows (n, k) in order: nearest first, and what is equally near by (hash of the document's id,
         position)."""
-        order = np.argsort(distances, axis=1, kind="stable")
-        distances, rows = (np.take_along_axis(each, order, axis=1) for each in (distances, rows))
-        equal = (distances[:, 1:] == distances[:, :-1]) & (rows[:, 1:] >= 0)
-        tied = np.zeros(rows.shape, dtype=bool)
-        tied[:, 1:] |= equal
-        tied[:, :-1] |= equal
-        query, _ = np.nonzero(tied)
-        rows[tied] = rows[tied][self._tie_order(query, distances[tied], rows[tied])]
-        return distances, rows
-
-    def _tie_order(self, queries: np.ndarray, distances: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The order of (n,) rows by query, distance, hash of the document's id, and position."""
-        hashes, positions = np.zeros(rows.shape, dtype=np.uint64), np.zeros(rows.shape, dtype=np.int64)
-        for _, group, chosen, within in _by_group(self._groups, rows):
-            document = np.searchsorted(group.begins, within, side="right") - 1
-            hashes[chosen], positions[chosen] = group.ids[document], within - group.begins[document]
-        return np.lexsort((positions, hashes, distances, queries))
+        return merged(distances[None], rows[None], self._documents)
 
     def document(self, index: int) -> SourceDocument:
         """The document behind an index in :attr:`silo.retrieval.Neighbours.documents`."""

@@ -14,11 +14,17 @@ import faiss
 import numpy as np
 import torch
 
+from datastore.choosing import finish_pairs, products_of_pairs
 from datastore.codes import Codes, whole
 from silo.retrieval import Metric
 
 WHOLE_WEIGHT = 1 << 17
 """The sum of a query's weights in units, at most. Times 128, the largest code, it is 2 ^ 24: so far float32 counts."""
+
+BLOCK_NUMBERS = 1 << 18
+"""Coordinates that are decoded at a time: what the processor's cache holds."""
+LOWEST = {False: np.float32(0), True: np.float32(-np.inf)}
+"""What no distance is below: a squared one, or that of an inner product."""
 
 
 class Workspace(threading.local):
@@ -51,35 +57,31 @@ class Queries(Protocol):
     dimension: int
     keys: np.ndarray
     """(n, dimension) float32: where they are, or were moved to."""
+    units: np.ndarray
+    constants: np.ndarray
+    """(n,) float32 both; see :meth:`products`."""
+    lowest: np.float32
+    by_product: bool
+    """Whether they are compared by inner product, to which squares add nothing."""
 
     def __len__(self) -> int: ...
 
-    def beyond(self, distances: np.ndarray) -> np.ndarray:
-        """How far that is at least which is not nearer than some squared distances (n,), as FAISS measures them.
-
-        Both ways of measuring round sums of d terms, which puts them off by at most d units in the last place and a few
-        more (Higham 2002, equation 3.5): of the distance where differences are added up; of the sum of both lengths,
-        squared, where a product is taken from squares.
-        """
+    @property
+    def weights(self) -> np.ndarray | None:
+        """(n, dimension) float32, whole numbers that codes are multiplied with; None where codes are not such."""
         ...
 
     def chosen(self, which: np.ndarray) -> Self:
         """Some of them, by their (m,) numbers, any more than once."""
         ...
 
-    def decode(self, codes: np.ndarray, into: torch.Tensor) -> None:
-        """Write keys (n, dimension) as they are multiplied, from their codes (n, bytes) uint8."""
+    def products(self, codes: np.ndarray, space: Workspace, into: torch.Tensor) -> None:
+        """Write what is the distance, or ``lowest`` if that is more, when it has been multiplied with ``units``, and a
+        key's :meth:`datastore.codes.Codes.squares` and ``constants`` added: (m, n) of m queries and n keys of codes (n,
+        bytes) uint8."""
         ...
 
-    def products(self, keys: torch.Tensor, into: torch.Tensor) -> None:
-        """Write the products (m, n) of m queries with n keys that were decoded."""
-        ...
-
-    def finish(self, products: torch.Tensor, squares: np.ndarray) -> None:
-        """Make products (m, n) distances, where keys have :meth:`datastore.codes.Codes.squares` (n,) or (m, n)."""
-        ...
-
-    def measured(self, codes: np.ndarray, space: Workspace) -> np.ndarray:
+    def measured(self, codes: np.ndarray) -> np.ndarray:
         """The distances of n queries to k keys each, of codes (n, k, bytes): (n, k) float32."""
         ...
 
@@ -96,62 +98,46 @@ class GridQueries:
 
     def __init__(self, codes: Codes, keys: np.ndarray, *, by_product: bool) -> None:
         """Round keys (n, dimension)."""
-        self.dimension, self._codes, self._by_product = codes.dimension, codes, by_product
+        self.dimension, self._codes, self.by_product = codes.dimension, codes, by_product
         middle = codes.fitted[: self.dimension] + codes.step * np.float32(128.5)
         queries = keys if by_product else keys - middle
         weights = queries * codes.step
         unit = np.einsum("ij->i", np.abs(weights)) / np.float32(WHOLE_WEIGHT - self.dimension)
         unit[unit == 0] = 1
         rounded = np.rint(weights / unit[:, None])
-        self._weights, self._unit = torch.from_numpy(rounded), torch.from_numpy(-2 * unit)
         moved = np.divide(rounded * unit[:, None], codes.step, out=queries.copy(), where=codes.step > 0)
-        self._squares = np.einsum("ij,ij->i", moved, moved)
+        self.weights, self.units = rounded, -2 * unit
         self.keys = moved if by_product else moved + middle
-        constant = -2 * np.einsum("ij,j->i", keys, middle) if by_product else self._squares
-        self._constant = torch.from_numpy(constant)
+        self.constants = -2 * np.einsum("ij,j->i", keys, middle) if by_product else np.einsum("ij,ij->i", moved, moved)
+        self.lowest = LOWEST[by_product]
 
     def __len__(self) -> int:
-        return len(self._weights)
-
-    def beyond(self, distances: np.ndarray) -> np.ndarray:
-        """As :meth:`Queries.beyond`."""
-        unit = (self.dimension + 8) * 2.0**-24
-        far = np.minimum(distances.astype(np.float64), np.finfo(np.float32).max)  # that is, also what is infinitely far
-        length = np.sqrt(
-            np.maximum(self._squares, np.einsum("ij,ij->i", self.keys, self.keys))
-        )  # FAISS's has no middle
-        return far * (1 - unit) - unit * (2 * length + np.sqrt(far)) ** 2
+        return len(self.weights)
 
     def chosen(self, which: np.ndarray) -> Self:
         """As :meth:`Queries.chosen`."""
-        some, at = copy.copy(self), torch.from_numpy(which)
-        some._weights, some._unit, some._constant = (each[at] for each in (self._weights, self._unit, self._constant))
-        some.keys, some._squares = self.keys[which], self._squares[which]
+        some = copy.copy(self)
+        some.weights, some.units, some.constants = self.weights[which], self.units[which], self.constants[which]
+        some.keys = self.keys[which]
         return some
 
-    def decode(self, codes: np.ndarray, into: torch.Tensor) -> None:
-        """As :meth:`Queries.decode`: whole numbers."""
-        into.copy_(torch.from_numpy(whole(codes)))
-
-    def products(self, keys: torch.Tensor, into: torch.Tensor) -> None:
+    def products(self, codes: np.ndarray, space: Workspace, into: torch.Tensor) -> None:
         """As :meth:`Queries.products`."""
-        torch.mm(self._weights, keys.T, out=into)
+        weights, at_once = torch.from_numpy(self.weights), max(1, BLOCK_NUMBERS // self.dimension)
+        for begin in range(0, len(codes), at_once):
+            block = codes[begin : begin + at_once]
+            decoded = space.take("keys", *block.shape)
+            decoded.copy_(torch.from_numpy(whole(block)))
+            torch.mm(weights, decoded.T, out=into[:, begin : begin + at_once])
 
-    def finish(self, products: torch.Tensor, squares: np.ndarray) -> None:
-        """As :meth:`Queries.finish`. Every operation rounds by itself: none is fused with the next."""
-        products.mul_(self._unit[:, None])
-        if self._by_product:
-            products.add_(self._constant[:, None])
-        else:
-            products.add_(torch.from_numpy(squares)).add_(self._constant[:, None]).clamp_min_(0)
-
-    def measured(self, codes: np.ndarray, space: Workspace) -> np.ndarray:
+    def measured(self, codes: np.ndarray) -> np.ndarray:
         """As :meth:`Queries.measured`."""
-        flat = codes.reshape(-1, self.dimension)
-        self.decode(flat, into=space.take("keys", *flat.shape))
-        numbers = space.take("keys", *flat.shape).numpy().reshape(codes.shape)
-        products = np.einsum("nkd,nd->nk", numbers, self._weights.numpy())  # for so few quicker than a library's
-        self.finish(torch.from_numpy(products), self._codes.squares(numbers))
+        products = np.empty(codes.shape[:2], dtype=np.float32)
+        products_of_pairs(self.weights, codes.reshape(len(codes), -1), products)
+        squares = np.zeros_like(products)
+        if not self.by_product:
+            squares[:] = self._codes.squares(codes.reshape(-1, self.dimension)).reshape(products.shape)
+        finish_pairs(products, self.units, self.constants, squares, self.lowest)
         return products
 
 
@@ -160,36 +146,28 @@ class PlainQueries:
 
     def __init__(self, codes: Codes, keys: np.ndarray, *, by_product: bool) -> None:
         """Take keys (n, dimension)."""
-        self.dimension, self._by_product = codes.dimension, by_product
+        self.dimension, self.by_product, self.weights = codes.dimension, by_product, None
         self._quantizer: Any = codes.quantizer()
         self.keys = np.ascontiguousarray(keys)
+        self.units, self.constants = np.ones(len(keys), np.float32), np.zeros(len(keys), np.float32)
+        self.lowest = LOWEST[by_product]
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def beyond(self, distances: np.ndarray) -> np.ndarray:
-        """As :meth:`Queries.beyond`."""
-        return distances.astype(np.float64) * (1 - 2 * (self.dimension + 8) * 2.0**-24)
-
     def chosen(self, which: np.ndarray) -> Self:
         """As :meth:`Queries.chosen`."""
         some = copy.copy(self)
-        some.keys = self.keys[which]
+        some.keys, some.units, some.constants = self.keys[which], self.units[which], self.constants[which]
         return some
 
-    def decode(self, codes: np.ndarray, into: torch.Tensor) -> None:
-        """As :meth:`Queries.decode`: the keys themselves."""
-        into.copy_(torch.from_numpy(self._quantizer.decode(np.ascontiguousarray(codes))))
-
-    def products(self, keys: torch.Tensor, into: torch.Tensor) -> None:
+    def products(self, codes: np.ndarray, space: Workspace, into: torch.Tensor) -> None:
         """As :meth:`Queries.products`, but distances already."""
+        keys = self._quantizer.decode(np.ascontiguousarray(codes))
         pairs = np.divmod(np.arange(into.numel()), into.shape[1])
-        into.copy_(torch.from_numpy(self._pairs(*pairs, keys.numpy())).view(into.shape))
+        into.copy_(torch.from_numpy(self._pairs(*pairs, keys)).view(into.shape))
 
-    def finish(self, products: torch.Tensor, squares: np.ndarray) -> None:
-        """As :meth:`Queries.finish`: there is nothing left to do."""
-
-    def measured(self, codes: np.ndarray, space: Workspace) -> np.ndarray:
+    def measured(self, codes: np.ndarray) -> np.ndarray:
         """As :meth:`Queries.measured`."""
         flat = np.ascontiguousarray(codes.reshape(-1, codes.shape[2]))
         at = np.arange(len(flat))
@@ -200,6 +178,6 @@ class PlainQueries:
         found = np.empty(len(which), dtype=np.float32)
         arrays = (self.keys, which, keys, at, found)
         kinds: Any = faiss
-        measure = kinds.pairwise_indexed_inner_product if self._by_product else kinds.pairwise_indexed_L2sqr
+        measure = kinds.pairwise_indexed_inner_product if self.by_product else kinds.pairwise_indexed_L2sqr
         measure(self.dimension, len(found), *(faiss.swig_ptr(each) for each in arrays))
-        return -2 * found if self._by_product else found
+        return -2 * found if self.by_product else found

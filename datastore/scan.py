@@ -1,8 +1,8 @@
-"""The k nearest keys of inverted lists, where each list is read once for all the queries that probe it.
+"""The k nearest keys of inverted lists.
 
-A search query by query decodes a list anew for each query that probes it, and that is nearly all of its time. Here a
-list's keys are decoded once, some thousand at a time, and one matrix product compares them with all queries that probe
-it.
+Where many queries probe a list, it is read once for all of them: decoded some thousand keys at a time, and multiplied
+with all queries as a matrix. Where hardly two probe the same, each query reads its lists, and codes are multiplied as
+they are.
 
 The last bits of a product depend on what else is in it, unless all its sums are of whole numbers that float32 has; for
 which :mod:`datastore.queries` takes care. So a distance is a function of its query and its key alone, bit for bit,
@@ -11,7 +11,6 @@ however queries are batched and keys are spread over groups.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,20 +20,25 @@ import faiss
 import numpy as np
 import torch
 
+from datastore.choosing import choose, gather, nearest, nearest_in_lists
 from datastore.codes import Codes
-from datastore.keys import KeyGroup
+from datastore.keys import KeyGroup, Lists
 from datastore.queries import Queries, Workspace
 
-BLOCK_NUMBERS = 1 << 18
-"""Coordinates that are decoded at a time: what the processor's cache holds."""
 KEYS_AT_ONCE = 1 << 13
 """Keys of a list among which the nearest are chosen at a time."""
 QUERIES_AT_ONCE = 512
 """Queries in a product, at most."""
 PENDING = 1 << 24
 """Candidates that are kept until those are thrown out that nearer ones have overtaken."""
-QUERIES_FINISHED = 2048
+QUERIES_FINISHED = 1024
 """Queries whose candidates are put in order at a time."""
+QUERIES_SEARCHED = 16
+"""Queries that a thread searches for at a time where each reads its lists."""
+PAIRS_OF_A_LIST = 1 << 14
+"""Below so many pairs of a query and a key of an average list each query reads its lists."""
+THREADED = 1 << 28
+"""Below so many products of coordinates one thread is as quick as several are made ready."""
 _ALONE = threading.Lock()
 """Held while torch is told to use one thread, which holds for the whole process."""
 
@@ -42,22 +46,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Candidates(NamedTuple):
-    """Keys that may be near to queries: for each (n,) the query's number, the distance and the key's row number."""
+class Documents(NamedTuple):
+    """The documents of some groups, in the order of their rows: what tells the order of what is equally near."""
 
-    queries: np.ndarray
-    distances: np.ndarray
-    rows: np.ndarray
-
-    def chosen(self, which: np.ndarray | slice) -> Candidates:
-        """Some of them."""
-        return Candidates(*(each[which] for each in self))
+    first_rows: np.ndarray
+    """(documents,) int64, the first row of each."""
+    hashes: np.ndarray
+    """(documents,) uint64, of their ids."""
 
     @classmethod
-    def joined(cls, parts: Iterable[Candidates]) -> Candidates:
-        """All of some."""
-        nothing = (np.zeros(0, kind) for kind in (np.int32, np.float32, np.int64))
-        return cls(*(np.concatenate(each) for each in zip(nothing, *parts, strict=True)))
+    def of(cls, groups: Sequence[KeyGroup]) -> Documents:
+        """Those of some groups, which come in the order of their first rows."""
+        rows = [group.first_row + np.asarray(group.begins[:-1]) for group in groups]
+        nothing = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+        return cls(np.concatenate([nothing[0], *rows]), np.concatenate([nothing[1], *(each.ids for each in groups)]))
+
+
+class Candidates(NamedTuple):
+    """Keys that may be near to some queries, by query."""
+
+    queries: np.ndarray
+    """(m,) the queries' numbers."""
+    counts: np.ndarray
+    """(m,) how many keys there are of each."""
+    distances: np.ndarray
+    rows: np.ndarray
 
 
 class Scan:
@@ -67,6 +80,7 @@ class Scan:
         self,
         groups: Sequence[KeyGroup],
         selected: Sequence[np.ndarray | None],
+        documents: Documents,
         codes: Codes,
         queries: Queries,
         k: int,
@@ -76,62 +90,105 @@ class Scan:
         Args:
             groups: of one store.
             selected: for each of them which rows can be found, (rows,) bool; None for all.
+            documents: the groups'.
             codes: the store's.
             queries: n of them.
             k: neighbours of a query.
         """
-        self._groups, self._selected, self._queries, self._k = groups, selected, queries, k
+        self._groups, self._selected, self._documents = groups, selected, documents
+        self._queries, self._k = queries, k
         self._codes, self._space = codes, Workspace()
-        self._block = max(1, BLOCK_NUMBERS // codes.dimension)
         self._bounds = np.full(len(queries), np.inf, dtype=np.float32)  # what the k-th distance is at most
 
-    def run(self, probed: np.ndarray, finish: Callable[[Candidates], Result]) -> Iterator[Result]:
-        """Find the k nearest of the lists that each query probes, (n, probes), and what is as near as the k-th; give
-        what ``finish`` makes of them, some successive queries at a time, each by query."""
+    def run(self, probed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows (n, k) of what is nearest in the lists that each query probes, (n, probes); infinity and
+        -1 where there is no more."""
+        lists = len(self._groups[0].lists.sizes) if self._groups else 1
+        keys = sum(group.num_keys for group in self._groups) / lists  # of a list, on average
+        threads = 1 if probed.size * keys * self._queries.dimension < THREADED else None
+        if self._queries.weights is not None and probed.size / lists * keys < PAIRS_OF_A_LIST:
+            return self._by_query(probed, self._queries.weights, threads)
+        return self._by_list(probed, threads)
+
+    def _by_query(self, probed: np.ndarray, weights: np.ndarray, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The same, where each query reads its lists, and multiplies codes with its weights as they are."""
+        shape = (len(self._groups), len(probed), self._k)
+        distances, rows = np.full(shape, np.inf, dtype=np.float32), np.full(shape, -1, dtype=np.int64)
+        queries, groups = self._queries, [self._lists(group, probed) for group in self._groups]
+        masks = [np.zeros(0, dtype=bool) if mask is None else mask for mask in self._selected]
+
+        def search(begin: int) -> None:
+            at = slice(begin, begin + QUERIES_SEARCHED)
+            asked = (probed[at], weights[at], queries.units[at], queries.constants[at], queries.lowest)
+            for number, group in enumerate(self._groups):
+                into = (distances[number, at], rows[number, at])
+                nearest_in_lists(groups[number], *asked, masks[number], group.first_row, *self._documents, *into)
+
+        for _ in in_threads(search, range(0, len(probed), QUERIES_SEARCHED), threads):
+            pass
+        return merged(distances, rows, self._documents)
+
+    def _lists(self, group: KeyGroup, probed: np.ndarray) -> Lists:
+        """A group's lists, with squares of those that are probed; or with zeros, where squares do not count."""
+        if self._queries.by_product:
+            return group.lists._replace(squares=np.zeros_like(group.lists.squares))
+        for number in np.unique(probed).tolist():
+            group.squares(number, self._codes)
+        return group.lists
+
+    def _by_list(self, probed: np.ndarray, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The same, where each list is read once for all queries that probe it, and decoded for a product of
+        matrices."""
         which = np.repeat(np.arange(len(probed), dtype=np.int32), probed.shape[1])
         order = np.argsort(probed.ravel(), kind="stable")
         numbers, begins = np.unique(probed.ravel()[order], return_index=True)
-        lists = zip(numbers.tolist(), np.split(which[order], begins[1:]), strict=True)
+        lists = list(zip(numbers.tolist(), np.split(which[order], begins[1:]), strict=True))
         found: list[Candidates] = []
-        pending, most = 0, PENDING
-        for of_list in in_threads(lambda pair: self._of_list(*pair), lists):
+        pending = 0
+        for of_list in in_threads(lambda pair: self._of_list(*pair), lists, threads):
             found.extend(of_list)
             pending += sum(len(part.rows) for part in of_list)
-            if pending > most:
-                found = list(self._nearest(found, lambda part: part))
-                pending = sum(len(part.rows) for part in found)
-                most = PENDING + pending
-        yield from self._nearest(found, finish)
+            if pending > PENDING + len(probed) * self._k:
+                found = [self._candidates(*self._nearest(found, 1))]
+                pending = len(found[0].rows)
+        return self._nearest(found, threads)
 
     def _of_list(self, number: int, who: np.ndarray) -> list[Candidates]:
-        """What may be near to queries ``who`` in one list, of all groups, in parts that each come by query."""
+        """What may be near to queries ``who`` in one list, of all groups."""
         found = []
         for start in range(0, len(who), QUERIES_AT_ONCE):
             asked = who[start : start + QUERIES_AT_ONCE]
             queries = self._queries.chosen(asked)
             for codes, *others in self._keys(number):
                 rows, squares = map(np.concatenate, others)
-                distances, end = self._space.take("distances", len(asked), len(rows)), 0
-                for block in self._blocks(codes):
-                    begin, end = end, end + len(block)
-                    decoded = self._space.take("keys", len(block), queries.dimension)
-                    queries.decode(block, decoded)
-                    queries.products(decoded, distances[:, begin:end])
-                queries.finish(distances, squares)
-                found.append(self._within(distances.numpy(), asked, rows))
+                products, end = self._space.take("products", len(asked), len(rows)), 0
+                for piece in codes:
+                    begin, end = end, end + len(piece)
+                    queries.products(piece, self._space, products[:, begin:end])
+                found.append(self._chosen(products.numpy(), queries, squares, asked, rows))
         return found
 
-    def _blocks(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Codes (n, bytes) as few at a time as are decoded at a time."""
-        for codes in pieces:
-            yield from (codes[begin : begin + self._block] for begin in range(0, len(codes), self._block))
+    def _chosen(
+        self, products: np.ndarray, queries: Queries, squares: np.ndarray, asked: np.ndarray, rows: np.ndarray
+    ) -> Candidates:
+        """Of products (m, n), which may be among the k nearest of their queries."""
+        limits, counts = choose(
+            products, queries.units, queries.constants, squares, queries.lowest, asked, self._bounds, self._k
+        )
+        total = int(counts.sum())
+        found = Candidates(asked, counts, np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int64))
+        gather(products, limits, rows, found.distances, found.rows)
+        return found
 
     def _keys(self, number: int) -> Iterator[Iterable[tuple[np.ndarray, ...]]]:
         """Codes (n, bytes), rows (n,) and squares (n,) of one list, each in one piece or several, so many at a time."""
         pieces: list[tuple[np.ndarray, ...]] = []
         room = KEYS_AT_ONCE
         for group, mask in zip(self._groups, self._selected, strict=True):
-            piece: tuple[np.ndarray, ...] = (*group.list(number), group.squares(number, self._codes))
+            codes, rows = group.list(number)
+            nothing = self._queries.by_product
+            squares = np.zeros(len(rows), np.float32) if nothing else group.squares(number, self._codes)
+            piece: tuple[np.ndarray, ...] = (codes, rows, squares)
             if mask is not None:
                 chosen = mask[piece[1] - group.first_row]
                 piece = tuple(each[chosen] for each in piece)
@@ -144,66 +201,52 @@ class Scan:
         if pieces:
             yield zip(*pieces, strict=True)
 
-    def _within(self, distances: np.ndarray, asked: np.ndarray, rows: np.ndarray) -> Candidates:
-        """Those of (queries, keys) distances that may be among the k smallest of their queries."""
-        near = distances <= self._bounds[asked][:, None]
-        counts = np.add.reduce(near.view(np.uint8), axis=1, dtype=np.uint16)  # a sum of bools counts in 64 bits
-        many = np.flatnonzero(counts > self._k)
-        if len(many):
-            last = np.partition(distances[many], self._k - 1, axis=1)[:, self._k - 1]
-            self._bounds[asked[many]] = last
-            near[many] = distances[many] <= last[:, None]
-        row, column = np.divmod(np.flatnonzero(near), len(rows))  # quicker than two-dimensional nonzero
-        return Candidates(asked[row], distances[row, column], rows[column])
-
-    def _nearest(self, found: Sequence[Candidates], finish: Callable[[Candidates], Result]) -> Iterator[Result]:
-        """Keep what is among the k nearest of its query, or as near as the k-th, of parts that each come by query."""
+    def _nearest(self, found: Sequence[Candidates], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and rows (n, k) of the nearest of all parts."""
+        distances = np.full((len(self._bounds), self._k), np.inf, dtype=np.float32)
+        rows = np.full(distances.shape, -1, dtype=np.int64)
         if not found:
-            return
-        bounds = np.append(np.arange(0, len(self._bounds), QUERIES_FINISHED), len(self._bounds))
-        cuts = np.stack([np.searchsorted(part.queries, bounds) for part in found], axis=1)
+            return distances, rows
+        all_of = Candidates(*map(np.concatenate, zip(*found, strict=True)))
+        order = np.argsort(all_of.queries, kind="stable")
+        begins = np.searchsorted(all_of.queries[order], np.arange(len(distances) + 1))
+        parts, sizes = (np.cumsum(all_of.counts) - all_of.counts)[order], all_of.counts[order]
 
-        def one(begins: np.ndarray, ends: np.ndarray) -> Result:
-            parts = zip(found, begins, ends, strict=True)
-            return finish(self._cut(Candidates.joined(part.chosen(slice(*at)) for part, *at in parts)))
+        def finish(begin: int) -> None:
+            end = begin + QUERIES_FINISHED
+            candidates = (begins[begin : end + 1], parts, sizes, all_of.distances, all_of.rows)
+            nearest(*candidates, *self._documents, distances[begin:end], rows[begin:end])
 
-        yield from in_threads(lambda pair: one(*pair), itertools.pairwise(cuts))
+        for _ in in_threads(finish, range(0, len(distances), QUERIES_FINISHED), threads):
+            pass
+        return distances, rows
 
-    def _cut(self, found: Candidates) -> Candidates:
-        """The same for a few successive queries, in any order."""
-        first = found.queries.min(initial=len(self._bounds))
-        found = found.chosen(np.argsort((found.queries - first).astype(np.uint16), kind="stable"))  # that is by radix
-        for queries, distances, _ in tables(found):
-            if distances.shape[1] >= self._k:
-                last = np.partition(distances, self._k - 1, axis=1)[:, self._k - 1]
-                self._bounds[queries] = np.minimum(self._bounds[queries], last)
-        return found.chosen(found.distances <= self._bounds[found.queries])
-
-
-def tables(found: Candidates) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The numbers of some queries (n,), and the distances and rows (n, m) of their candidates, filled up with infinity
-    and -1.
-
-    Candidates come by query. Queries that have far more than others have tables of their own.
-    """
-    if not len(found.queries):
-        return
-    queries, begins, counts = np.unique(found.queries, return_index=True, return_counts=True)
-    usual = counts <= 4 * np.median(counts)
-    own, filled = np.repeat(usual, counts), np.arange(counts[usual].max()) < counts[usual, None]
-    distances = np.full(filled.shape, np.inf, dtype=np.float32)
-    rows = np.full(filled.shape, -1, dtype=np.int64)
-    distances[filled], rows[filled] = found.distances[own], found.rows[own]
-    yield queries[usual], distances, rows
-    for number in np.flatnonzero(~usual).tolist():
-        at = slice(begins[number], begins[number] + counts[number])
-        yield queries[number : number + 1], found.distances[None, at].copy(), found.rows[None, at].copy()
+    def _candidates(self, distances: np.ndarray, rows: np.ndarray) -> Candidates:
+        """The same as candidates for what is still to be read."""
+        there = rows >= 0
+        queries = np.arange(len(rows), dtype=np.int32)
+        return Candidates(queries, there.sum(axis=1), distances[there], rows[there])
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The results for some items, in order, by as many threads as torch uses, each of which computes alone."""
-    threads = torch.get_num_threads()
-    if threads == 1 or (isinstance(items, list) and len(items) == 1):
+def merged(distances: np.ndarray, rows: np.ndarray, documents: Documents) -> tuple[np.ndarray, np.ndarray]:
+    """Of (parts, n, k) distances and rows the nearest of all parts in order, (n, k) both: what is equally near by (hash
+    of the document's id, position). A row of -1 is none, which is infinitely far."""
+    count, n, k = rows.shape
+    near, where = np.full((n, k), np.inf, dtype=np.float32), np.full((n, k), -1, dtype=np.int64)
+    parts = np.arange(count * n).reshape(count, n).T.ravel() * k
+    candidates = (np.arange(n + 1) * count, parts, np.full(len(parts), k), distances.ravel(), rows.ravel())
+    nearest(*candidates, *documents, near, where)
+    return near, where
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int | None = None
+) -> Iterator[Result]:
+    """The results for some items, in order, by so many threads, or as many as torch uses, each of which computes
+    alone."""
+    usual = torch.get_num_threads()
+    threads = usual if threads is None else threads
+    if threads == 1 or len(items) == 1:
         yield from map(function, items)
         return
     with _ALONE, ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
@@ -211,4 +254,4 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
         try:
             yield from pool.map(function, items)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(usual)

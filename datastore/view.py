@@ -13,6 +13,7 @@ from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
 from datastore.ngrams import NgramIndex
 from datastore.suffixes import Suffixes
+from silo.errors import StoreError
 from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
@@ -62,8 +63,15 @@ class View:
         pairs = zip(self._groups, self._selected, strict=True)
         return sum(len(keys.ids) if mask is None else int(mask.sum()) for (_, keys), mask in pairs)
 
+    def _require_files(self) -> None:
+        """Raise :class:`silo.errors.StoreError` where they are gone: what is mapped could be read all the same."""
+        for directory, _ in self._groups:
+            if not directory.is_dir():
+                raise StoreError(f"{directory.parents[1]} was changed since it was opened; open it again")
+
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index, mapped from disk; ``probes`` and ``metric`` are as in :class:`silo.nearest.Nearest`."""
+        self._require_files()
         groups = [keys for _, keys in self._groups]
         from datastore.knn import NeighbourIndex  # which needs torch
 
@@ -71,6 +79,7 @@ class View:
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
+        self._require_files()
         indexes = [
             directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer())
             for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
@@ -79,6 +88,7 @@ class View:
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram, mapped from disk."""
+        self._require_files()
         return NgramIndex([Suffixes.open(keys, path / "suffixes") for path, keys in self._groups], self._selected)
 
     def mixture(

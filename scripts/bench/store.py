@@ -49,7 +49,7 @@ from training.flops import flops_per_token
 
 NEIGHBOURS = 256
 QUERIES, FEW_QUERIES, SPARE_QUERIES = 8192, 256, 256
-"""So many at a time that lists are read once for all of them, and so few that FAISS reads them for each; and more to
+"""So many at a time that lists are read once for all of them, and so few that each reads its own; and more to
 choose from, since some may be undecided."""
 LARGE = "the owner of much"
 SEARCHED = (1, 4, 200, 2000)

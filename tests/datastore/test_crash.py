@@ -439,8 +439,9 @@ def test_reader_of_what_is_gone_is_told_to_open_again(make_store, short, loaded)
     reader = Store.open(store.path)
     if loaded:
         reader.neighbours()
+    view = reader.select()
     store.remove(Selection(owners=("Ada",)))
-    for read in (reader.blocks, reader.neighbours, reader.rows):
+    for read in (reader.blocks, reader.neighbours, reader.rows, view.blocks, view.neighbours, view.ngrams):
         with pytest.raises(StoreError, match="was changed since it was opened; open it again"):
             read()
     assert list(Store.open(store.path).rows()) == ["Grace"]

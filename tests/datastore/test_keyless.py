@@ -91,10 +91,8 @@ def test_a_selection_equals_a_store_of_it(mixed_store, make_store, model, halves
     assert np.isfinite(ours.distances).sum(axis=1).max() <= view.num_keys
 
 
-@pytest.mark.parametrize("decoded", [1 << 40, 0], ids=["by FAISS", "scanned"])
-def test_pointers_stay_within_keys(mixed_store, model, halves, monkeypatch, decoded):
+def test_pointers_stay_within_keys(mixed_store, model, halves):
     """Neighbours that are followed are those of documents with keys."""
-    monkeypatch.setattr("datastore.knn.DECODED_PER_LIST", decoded)
     tokens = model.tokenize(halves[1][0])
     keys = model.keys(tokens)
     turns = np.arange(len(keys)) % 4

@@ -87,19 +87,12 @@ def queries_of(encoded, plane, count=60):
     return np.concatenate([near.astype(np.float32), repeated])
 
 
-def brute_force(encoded, plane, queries, k):
-    """Squared distance, token, id and position of the k nearest: by distance, then by (hash of the id, position); of
-    queries where their grid has them."""
-    queries = prepare(plane.codes, queries, "l2").keys
-    documents = sorted(encoded, key=lambda document: id_hash(document.document.id))
-    keys = np.concatenate([plane.quantizer().decode(document.codes) for document in documents])
-    rows = [(d.document.id, at, int(token)) for d in documents for at, token in enumerate(d.tokens)]
-    result = []
-    for query in queries:
-        distances = ((keys - query) ** 2).sum(axis=1, dtype=np.float32)
-        order = np.lexsort((np.arange(len(keys)), distances))[:k]
-        result.append([(distances[at], rows[at][2], *rows[at][:2]) for at in order])
-    return result
+def brute_force(encoded, plane, queries):
+    """The squared distance to each (token, id, position) of each query, from where their grid has it."""
+    queries = prepare(plane.codes, queries, "l2").keys.astype(np.float64)
+    keys = np.concatenate([plane.quantizer().decode(document.codes) for document in encoded])
+    rows = [(int(token), d.document.id, at) for d in encoded for at, token in enumerate(d.tokens)]
+    return [dict(zip(rows, ((keys - query) ** 2).sum(axis=1), strict=True)) for query in queries]
 
 
 def described(index, found):
@@ -125,10 +118,12 @@ def test_all_lists_probed_is_brute_force(index_of, encoded, plane, k):
     """With every list probed, neighbours, tokens, order and distances are those of numpy over the decoded codes."""
     index = index_of(shards_of(encoded, by=lambda n: n % 7), plane, probes=1024)
     queries = queries_of(encoded, plane)
-    expected = brute_force(encoded, plane, queries, k)
-    for ours, theirs in zip(described(index, index.search(queries, k)), expected, strict=True):
-        np.testing.assert_allclose([row[0] for row in ours], [row[0] for row in theirs], rtol=1e-4, atol=1e-5)
-        assert [row[1:] for row in ours] == [row[1:] for row in theirs]
+    known = brute_force(encoded, plane, queries)
+    for ours, all_there_are in zip(described(index, index.search(queries, k)), known, strict=True):
+        found = np.array([all_there_are[row[1:]] for row in ours])
+        np.testing.assert_allclose([row[0] for row in ours], found, rtol=1e-4, atol=1e-5)
+        nearest = np.sort(list(all_there_are.values()))[:k]
+        np.testing.assert_allclose(found, nearest, rtol=1e-5, atol=1e-5)  # of two that float32 has equal, either
 
 
 @pytest.mark.parametrize("k", [5, 29, 31, 45, 60])
@@ -258,5 +253,5 @@ def test_more_probes_lose_nothing(index_of):
         found = index_of([documents], plane, probes=probes).search(queries, 10).distances[:, -1]
         assert (found <= last).all()
         last = found
-    expected = [rows[-1][0] for rows in brute_force(documents, plane, queries, 10)]
+    expected = [np.sort(list(known.values()))[9] for known in brute_force(documents, plane, queries)]
     np.testing.assert_allclose(last, expected, rtol=1e-4)

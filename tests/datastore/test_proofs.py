@@ -84,8 +84,13 @@ def test_a_control_plane_of_restricted_text_is_found_out(prove, proof):
 
 def test_neighbours_tied_in_another_order_are_found_out(prove, proof, monkeypatch):
     """If equal distances came in the order of rows, which groups decide, the comparison would fail."""
-    by_row = lambda self, queries, distances, rows: np.lexsort((rows, distances, queries))  # noqa: E731
-    monkeypatch.setattr(knn.NeighbourIndex, "_tie_order", by_row)
+    real = knn.Documents.of
+
+    def by_row(groups):
+        known = real(groups)
+        return known._replace(hashes=np.arange(len(known.hashes), dtype=np.uint64))
+
+    monkeypatch.setattr(knn.Documents, "of", by_row)
     steps = prove.history(proof, random.Random(1), 4)["steps"]
     assert not all(step["equal"]["neighbours"] for step in steps)
     assert not prove.exact(steps)

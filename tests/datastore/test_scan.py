@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import datastore.queries
 from datastore import knn, scan
+from datastore.choosing import whole_products
+from datastore.codes import Codes
 from datastore.control import ControlPlane
 from datastore.queries import Workspace, prepare
 from tests.datastore.test_knn import (
@@ -39,8 +42,9 @@ def of_threads(count):
 
 @pytest.fixture
 def both(monkeypatch):
-    """A function that makes searches go one way: lists read once for all queries, or by FAISS for each."""
-    return lambda each: monkeypatch.setattr(knn, "DECODED_PER_LIST", 1e18 if each else 0)
+    """A function that makes searches go one way: each query reads its lists, or lists are read once for all."""
+    monkeypatch.setattr(scan, "THREADED", 0)
+    return lambda each: monkeypatch.setattr(scan, "PAIRS_OF_A_LIST", 1e18 if each else 0)
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 200])
@@ -72,20 +76,6 @@ def test_selected_documents_both_ways(index_of, encoded, plane, both):
     assert not same_answers(every.search(queries, 30), alone)
 
 
-def test_what_faiss_left_out_is_found(index_of, encoded, plane, both, monkeypatch):
-    """Where as many are as near as the k-th as were fetched, or more, the lists are scanned; nowhere else."""
-    index, queries = index_of(shards_of(encoded, by=lambda n: n % 7)), queries_of(encoded, plane)
-    scanned, real = [], knn.NeighbourIndex._scanned
-    monkeypatch.setattr(
-        knn.NeighbourIndex, "_scanned", lambda self, of, *rest: scanned.append(len(of)) or real(self, of, *rest)
-    )
-    both(True)
-    found = index.search(queries, 20)  # of sixty that are equal, 52 are fetched
-    assert 0 < sum(scanned) < 9  # the repeated key, and some that are nearest to it
-    both(False)
-    assert same_answers(index.search(queries, 20), found)
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_other_queries_change_nothing(index_of, encoded, plane, both, metric):
     """Searched for alone, in any company or in any order, and by any number of threads, a query has one answer."""
@@ -105,7 +95,6 @@ def test_other_queries_change_nothing(index_of, encoded, plane, both, metric):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("BLOCK_NUMBERS", 5 * DIMENSION),
         ("KEYS_AT_ONCE", 9),
         ("QUERIES_AT_ONCE", 4),
         ("PENDING", 50),
@@ -118,6 +107,7 @@ def test_how_much_is_done_at_a_time_changes_nothing(index_of, encoded, plane, bo
     both(False)
     expected = index.search(queries, 25)
     monkeypatch.setattr(scan, "QUERIES_FINISHED", 7)
+    monkeypatch.setattr(datastore.queries, "BLOCK_NUMBERS", 5 * DIMENSION)
     monkeypatch.setattr(scan, name, value)
     with of_threads(2):
         assert same_answers(index.search(queries, 25), expected)
@@ -131,13 +121,30 @@ def test_products_are_exact(metric):
     keys = (rng.normal(size=(50, 200)) * rng.lognormal(size=(50, 1))).astype(np.float32)
     queries = prepare(codes, keys, metric)
     stored = rng.integers(256, size=(300, 200), dtype=np.uint8)
-    stored[:50] = np.where(queries._weights.numpy() > 0, 255, 0)  # the largest sums that there can be
-    whole, products = torch.empty(300, 200), torch.empty(50, 300)
-    queries.decode(stored, whole)
-    queries.products(whole, products)
-    expected = queries._weights.numpy().astype(np.int64) @ (stored.astype(np.int64) - 128).T
+    stored[:50] = np.where(queries.weights > 0, 255, 0)  # the largest sums that there can be
+    products, as_they_are = torch.empty(50, 300), np.empty((50, 300), np.float32)
+    queries.products(stored, Workspace(), products)
+    for number, weights in enumerate(queries.weights):
+        whole_products(weights, stored.ravel(), as_they_are[number])
+    np.testing.assert_array_equal(products.numpy(), as_they_are)
+    expected = queries.weights.astype(np.int64) @ (stored.astype(np.int64) - 128).T
     np.testing.assert_array_equal(products.numpy().astype(np.int64), expected)
     assert 2**23 < np.abs(expected).max() <= 2**24
+
+
+def test_squares_are_sums_in_any_order():
+    """Of steps from the least to the largest: near to what float64 gives, and equal however coordinates are turned."""
+    rng = np.random.default_rng(3)
+    known = (rng.normal(size=(4096, 200)) * 10.0 ** rng.uniform(-4, 3, size=200)).astype(np.float32)
+    codes = ControlPlane.fit(known, []).codes
+    stored = rng.integers(256, size=(300, 200), dtype=np.uint8)
+    stored[0], stored[1] = 0, 255
+    squares = codes.squares(stored)
+    numbers = stored.astype(np.float64) - 128
+    np.testing.assert_allclose(squares, ((numbers * codes.step) ** 2).sum(axis=1), rtol=1e-6)
+    order = rng.permutation(200)
+    turned = Codes("sq8", 200, np.concatenate([codes.fitted[:200][order], codes.fitted[200:][order]]))
+    assert turned.squares(stored[:, order]).tobytes() == squares.tobytes()
 
 
 def test_queries_are_moved_by_little():
@@ -153,7 +160,7 @@ def test_queries_are_moved_by_little():
     assert (moved / np.linalg.norm(keys, axis=1)).max() < 2e-3
     assert np.median(moved / np.linalg.norm(decoded - keys, axis=1)) < 0.2
     far = ((queries.keys.astype(np.float64) - decoded[::-1]) ** 2).sum(axis=1)
-    np.testing.assert_allclose(queries.measured(stored[::-1, None], Workspace())[:, 0], far, rtol=1e-5)
+    np.testing.assert_allclose(queries.measured(stored[::-1, None])[:, 0], far, rtol=1e-5)
 
 
 def test_constant_coordinates_cost_nothing():
@@ -165,6 +172,6 @@ def test_constant_coordinates_cost_nothing():
     queries = prepare(codes, known[:9] + 1, "l2")
     stored = codes.quantizer().compute_codes(known[:9])
     far = ((queries.keys - codes.quantizer().decode(stored)) ** 2).sum(axis=1)
-    np.testing.assert_allclose(queries.measured(stored[:, None], Workspace())[:, 0], far, rtol=1e-4)
+    np.testing.assert_allclose(queries.measured(stored[:, None])[:, 0], far, rtol=1e-4)
     zeros = prepare(codes, np.zeros((2, DIMENSION), np.float32), "inner_product")
-    assert np.isfinite(zeros.measured(stored[:2, None], Workspace())).all()
+    assert np.isfinite(zeros.measured(stored[:2, None])).all()

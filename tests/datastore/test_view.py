@@ -1,12 +1,11 @@
 """Views: some of a store's documents answer as a store does that holds no others."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from datastore import groups, lists
+from datastore import groups
 from datastore.selection import Selection
 from datastore.store import Store
 
@@ -97,16 +96,3 @@ def test_view_reads_the_rows_of_mixed_shards_only(many, monkeypatch):
     assert read == []
     many.select(deny=Selection(owners=("Ada",)))
     assert read == ["Ada"]
-
-
-def test_bits_of_groups_that_share_a_byte():
-    """The bit of each row number is set just for the rows that can be found, wherever groups begin."""
-    rng = np.random.default_rng(0)
-    at, known, masks, wanted = 3, [], [], []
-    for rows in (1, 25, 8, 50):
-        mask = None if rows == 8 else rng.random(rows) < 0.5
-        known.append(SimpleNamespace(first_row=at, rows=rows))
-        masks.append(mask)
-        wanted += (at + np.flatnonzero(np.ones(rows, bool) if mask is None else mask)).tolist()
-        at += rows
-    assert np.flatnonzero(np.unpackbits(lists._bits(known, masks), bitorder="little")).tolist() == wanted

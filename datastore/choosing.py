@@ -1,0 +1,393 @@
+"""The inner loops of a search for neighbours, compiled by numba.
+
+Written with numpy's functions, each is several passes over memory by calls too short for more than one thread, since
+each holds the interpreter's lock; these hold none. They are compiled when they are first called, which takes some
+seconds, and kept beside this file or in the user's cache, whichever can be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+
+SAMPLED = 64
+"""Values that say in what range to look for the k-th smallest."""
+FARTHEST = np.float32(np.finfo(np.float32).max)
+"""The largest distance; what is not there is infinitely far."""
+_TURNED = np.uint8(128)
+_SIGN = np.uint32(1 << 31)
+_ALL = np.uint32(0xFFFFFFFF)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function, **options: Any) -> Function:
+    """A function that holds no lock while it runs. Every operation rounds by itself, unless ``options`` say other."""
+    try:
+        made: Function = numba.njit(nogil=True, cache=True, **options)(function)
+    except RuntimeError:  # there is no place that the compiled code could be kept in
+        made = numba.njit(nogil=True, **options)(function)
+    return made
+
+
+def _exact(function: Function) -> Function:
+    """One whose sums are exact in any order: of whole numbers up to 2 ^ 24, or 2 ^ 53 in float64."""
+    return compiled(function, fastmath={"reassoc", "contract"})
+
+
+@_exact
+def whole_products(weights: np.ndarray, codes: np.ndarray, into: np.ndarray) -> None:
+    """Write the products (n,) of whole numbers (dimension,) float32 with n codes, end to end, uint8 less 128."""
+    for key in range(len(into)):
+        total = np.float32(0)
+        for at in range(len(weights)):
+            total += weights[at] * np.float32(np.int8(codes[key * len(weights) + at] ^ _TURNED))
+        into[key] = total
+
+
+@compiled
+def products_of_pairs(weights: np.ndarray, codes: np.ndarray, into: np.ndarray) -> None:
+    """The same for weights (m, dimension) with codes (m, n · dimension) of their own: (m, n)."""
+    for query in range(len(weights)):
+        whole_products(weights[query], codes[query], into[query])
+
+
+@_exact
+def whole_squares(weights: np.ndarray, codes: np.ndarray, into: np.ndarray) -> None:
+    """Write the sums (n,) of whole numbers (dimension,) float64 times the squares of codes (n, dimension) uint8 less
+    128."""
+    for key in range(len(codes)):
+        total = np.float64(0)
+        for at in range(codes.shape[1]):
+            code = np.float64(np.int8(codes[key, at] ^ _TURNED))
+            total += weights[at] * (code * code)
+        into[key] = total
+
+
+@compiled
+def _finish(
+    products: np.ndarray, unit: np.float32, constant: np.float32, squares: np.ndarray, lowest: np.float32
+) -> None:
+    """Make the products (n,) of one query distances."""
+    for key in range(len(products)):
+        products[key] = max(products[key] * unit + squares[key] + constant, lowest)
+
+
+@compiled
+def finish_pairs(
+    products: np.ndarray, units: np.ndarray, constants: np.ndarray, squares: np.ndarray, lowest: np.float32
+) -> None:
+    """Make products (m, n) of m queries with n keys each, which have squares (m, n), distances."""
+    for query in range(len(products)):
+        _finish(products[query], units[query], constants[query], squares[query], lowest)
+
+
+@compiled
+def _count(values: np.ndarray, most: np.float32) -> np.int32:
+    """How many of (n,) values are not above a number."""
+    count = np.int32(0)
+    for at in range(len(values)):  # so and in 32 bits, or no vectors are made of it
+        count = np.int32(count + (np.int32(1) if values[at] <= most else np.int32(0)))
+    return count
+
+
+@compiled
+def _within(values: np.ndarray, most: np.float32, k: int) -> np.float32:
+    """A number that at least k of (n,) values are not above, and few more; of which k are not above ``most``.
+
+    Halves a range again and again: to count all values takes less than to move any.
+    """
+    low, high = np.float32(np.inf), np.float32(-np.inf)
+    for at in range(0, len(values), max(1, len(values) // SAMPLED)):
+        low, high = min(low, values[at]), max(high, values[at])
+    high = min(high, most)
+    if _count(values, high) < k:
+        high = min(most, np.float32(values.max()))
+    if _count(values, low) >= k:
+        low, high = np.float32(values.min()), low
+    while True:
+        middle = low + (high - low) / np.float32(2)
+        if not low < middle < high:
+            return high
+        count = _count(values, middle)
+        if count < k:
+            low = middle
+            continue
+        high = middle
+        if count <= k + k // 8:
+            return high
+
+
+@compiled
+def choose(
+    products: np.ndarray,
+    units: np.ndarray,
+    constants: np.ndarray,
+    squares: np.ndarray,
+    lowest: np.float32,
+    queries: np.ndarray,
+    bounds: np.ndarray,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make products (m, n) distances, and say which keys may be among the k nearest of their queries.
+
+    Args:
+        products: of m queries with n keys; they are written over with the distances.
+        units: (m,) what each query's products are multiplied with.
+        constants: (m,) what is added for each query.
+        squares: (n,) what is added for each key.
+        lowest: no distance is below it.
+        queries: (m,) each query's number in ``bounds``.
+        bounds: what the distance of each query's k-th is at most, as far as is known; lowered where more is known now.
+            (Where two threads do so at once, the higher of two numbers may stay, which is as true.)
+        k: neighbours of a query.
+
+    Returns:
+        Up to what distance keys may be among the nearest (m,), and how many keys are as near, (m,).
+    """
+    limits = np.empty(len(products), dtype=np.float32)
+    counts = np.empty(len(products), dtype=np.int64)
+    for query in range(len(products)):
+        distances = products[query]
+        _finish(distances, units[query], constants[query], squares, lowest)
+        limit = bounds[queries[query]]
+        count = _count(distances, limit)
+        if count > k:
+            limit = _within(distances, limit, k)
+            bounds[queries[query]] = limit
+            count = _count(distances, limit)
+        limits[query], counts[query] = limit, count
+    return limits, counts
+
+
+@compiled
+def gather(
+    distances: np.ndarray, limits: np.ndarray, rows: np.ndarray, into: np.ndarray, into_rows: np.ndarray
+) -> None:
+    """Write the distances, of (m, n), that are within limits (m,), and the rows, of (n,), that they are to."""
+    at, keys = 0, np.empty(distances.shape[1] + 1, dtype=np.int32)
+    for query in range(len(distances)):
+        own = distances[query]
+        count = _not_above(own, limits[query], keys)
+        for key in keys[:count]:
+            into[at], into_rows[at] = own[key], rows[key]
+            at += 1
+
+
+@compiled
+def _not_above(values: np.ndarray, most: np.float32, into: np.ndarray) -> int:
+    """How many of (n,) values are not above a number; which, is written into (n + 1,)."""
+    count = 0
+    for at in range(len(values)):  # to write each and keep some is quicker than a branch that is foretold wrongly
+        into[count] = at
+        count += 1 if values[at] <= most else 0
+    return count
+
+
+@compiled
+def nearest(
+    begins: np.ndarray,
+    parts: np.ndarray,
+    sizes: np.ndarray,
+    distances: np.ndarray,
+    rows: np.ndarray,
+    documents: np.ndarray,
+    hashes: np.ndarray,
+    into: np.ndarray,
+    into_rows: np.ndarray,
+) -> None:
+    """Write the k nearest of each of m queries' candidates, nearest first; what is equally near by (hash of the
+    document's id, position).
+
+    Args:
+        begins: (m + 1,) where each query's parts begin among ``parts``.
+        parts: where each part of candidates begins in ``distances``.
+        sizes: how many each has.
+        distances: of all candidates.
+        rows: of all candidates; -1 where there is none, which is infinitely far.
+        documents: (documents,) the first row of each document, in order.
+        hashes: (documents,) uint64 of their ids.
+        into: (m, k) float32, filled with infinity.
+        into_rows: (m, k) int64, filled with -1.
+    """
+    for query in range(len(into)):
+        total = 0
+        for part in range(begins[query], begins[query + 1]):
+            total += sizes[part]
+        near, where = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int64)
+        end = 0
+        for part in range(begins[query], begins[query + 1]):
+            for at in range(parts[part], parts[part] + sizes[part]):
+                near[end], where[end] = distances[at], rows[at]
+                end += 1
+        _put(near, where, documents, hashes, into[query], into_rows[query])
+
+
+@compiled
+def nearest_in_lists(
+    lists: Any,
+    probed: np.ndarray,
+    weights: np.ndarray,
+    units: np.ndarray,
+    constants: np.ndarray,
+    lowest: np.float32,
+    selected: np.ndarray,
+    first_row: int,
+    documents: np.ndarray,
+    hashes: np.ndarray,
+    into: np.ndarray,
+    into_rows: np.ndarray,
+) -> None:
+    """Write the k nearest of each of m queries in the lists that it probes, as :func:`nearest` does.
+
+    Args:
+        lists: as :class:`datastore.keys.Lists`; of those that are probed the squares are known.
+        probed: (m, probes) which lists each query probes.
+        weights: (m, dimension) float32, whole numbers that codes are multiplied with.
+        units: (m,) as of :func:`choose`.
+        constants: (m,) likewise.
+        lowest: likewise.
+        selected: which rows count, (rows,) bool, from ``first_row`` on; empty for all.
+        first_row: the first that there is.
+        documents: as of :func:`nearest`.
+        hashes: likewise.
+        into: likewise.
+        into_rows: likewise.
+    """
+    width = weights.shape[1]
+    for query in range(len(into)):
+        total = 0
+        for number in probed[query]:
+            total += lists.sizes[number]
+        near, where, end = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int64), 0
+        for number in probed[query]:
+            size, codes, rows, first = (
+                lists.sizes[number],
+                lists.file[lists.codes[number] :],
+                lists.numbers[lists.rows[number] :],
+                lists.firsts[number],
+            )
+            own = near[end : end + size]
+            whole_products(weights[query], codes[: size * width], own)
+            _finish(own, units[query], constants[query], lists.squares[first : first + size], lowest)
+            for at in range(size):
+                where[end + at] = rows[at]
+                if len(selected) and not selected[rows[at] - first_row]:
+                    own[at] = np.float32(np.inf)
+            end += size
+        _put(near, where, documents, hashes, into[query], into_rows[query])
+
+
+@compiled
+def _put(
+    near: np.ndarray,
+    where: np.ndarray,
+    documents: np.ndarray,
+    hashes: np.ndarray,
+    into: np.ndarray,
+    into_rows: np.ndarray,
+) -> None:
+    """Write the k nearest of (n,) distances, and the rows that they are to, in order; none that is infinitely far."""
+    k = len(into)
+    limit = min(_within(near, FARTHEST, k), FARTHEST) if len(near) > k else FARTHEST
+    which = np.empty(len(near) + 1, dtype=np.int32)
+    order = _ascending(near, which[: _not_above(near, limit, which)])
+    there, rows = np.empty(len(order), dtype=np.float32), np.empty(len(order), dtype=np.int64)
+    for at in range(len(order)):
+        there[at], rows[at] = near[order[at]], where[order[at]]
+    _order_ties(there, rows, k, documents, hashes)
+    for at in range(min(k, len(order))):
+        into[at], into_rows[at] = there[at], rows[at]
+
+
+@compiled
+def _ascending(values: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Put numbers (m,) of some of (n,) float32 values in their order: by radix, eight bits at a time."""
+    bits = values.view(np.uint32)
+    packed, turn = np.empty(len(which), dtype=np.uint64), np.empty(len(which), dtype=np.uint64)
+    begins = np.zeros((4, 257), dtype=np.int32)
+    for at in range(len(which)):
+        # As whole numbers, floats have their own order if the sign is turned, and of negative ones all else too.
+        own = bits[which[at]]
+        own ^= _ALL if own & _SIGN else _SIGN
+        packed[at] = np.uint64(own) << np.uint64(32) | np.uint64(which[at])
+        for digit in range(4):
+            begins[digit, 1 + (own >> np.uint32(8 * digit) & np.uint32(255))] += 1
+    for digit in range(4):
+        begin, shift = begins[digit], np.uint64(32 + 8 * digit)
+        for value in range(256):
+            begin[value + 1] += begin[value]
+        for one in packed:
+            bucket = one >> shift & np.uint64(255)
+            turn[begin[bucket]] = one
+            begin[bucket] += 1
+        packed, turn = turn, packed
+    for at in range(len(which)):
+        which[at] = np.int32(packed[at] & np.uint64(_ALL))
+    return which
+
+
+@compiled
+def _order_ties(near: np.ndarray, where: np.ndarray, k: int, documents: np.ndarray, hashes: np.ndarray) -> None:
+    """Put rows (n,) that are equally near in order, as far as they are among the first k."""
+    begin = 0
+    while begin < min(k, len(near)):
+        end = begin + 1
+        while end < len(near) and near[end] == near[begin]:
+            end += 1
+        if end > begin + 1 and near[begin] < np.inf:
+            tied = where[begin:end]
+            of = np.empty(len(tied), dtype=np.uint64)
+            for at in range(len(tied)):
+                of[at] = hashes[_document(tied[at], documents)]
+            _sort_pairs(of, tied)
+        begin = end
+
+
+@compiled
+def _document(row: int, documents: np.ndarray) -> int:
+    """Which of the documents, given by their first rows, a row is of."""
+    low, high = 0, len(documents)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if documents[middle] <= row:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def _sort_pairs(first: np.ndarray, second: np.ndarray) -> None:
+    """Put pairs (n,) in order: a heap sort, since of equal distances there may be thousands.
+
+    (Of numba's own sorts, which take many seconds to compile, none is of pairs.)
+    """
+    for start in range(len(first) // 2 - 1, -1, -1):
+        _sift(first, second, start, len(first))
+    for end in range(len(first) - 1, 0, -1):
+        first[0], first[end] = first[end], first[0]
+        second[0], second[end] = second[end], second[0]
+        _sift(first, second, 0, end)
+
+
+@compiled
+def _sift(first: np.ndarray, second: np.ndarray, at: int, end: int) -> None:
+    """Let a pair sink in a heap of so many, until none below it comes after it."""
+    while 2 * at + 1 < end:
+        child = 2 * at + 1
+        if child + 1 < end and _comes_before(first, second, child, child + 1):
+            child += 1
+        if not _comes_before(first, second, at, child):
+            return
+        first[at], first[child] = first[child], first[at]
+        second[at], second[child] = second[child], second[at]
+        at = child
+
+
+@compiled
+def _comes_before(first: np.ndarray, second: np.ndarray, one: int, other: int) -> bool:
+    return first[one] < first[other] or (first[one] == first[other] and second[one] < second[other])
