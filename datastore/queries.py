@@ -133,7 +133,7 @@ class GridQueries:
     def measured(self, codes: np.ndarray) -> np.ndarray:
         """As :meth:`Queries.measured`."""
         products = np.empty(codes.shape[:2], dtype=np.float32)
-        products_of_pairs(self.weights, codes.reshape(len(codes), -1), products)
+        products_of_pairs(self.weights, codes.reshape(len(codes), codes.shape[1] * self.dimension), products)
         squares = np.zeros_like(products)
         if not self.by_product:
             squares[:] = self._codes.squares(codes.reshape(-1, self.dimension)).reshape(products.shape)
