@@ -72,6 +72,12 @@ class Candidates(NamedTuple):
     distances: np.ndarray
     rows: np.ndarray
 
+    def of(self, begin: int, end: int) -> Candidates:
+        """Those of some of the m queries."""
+        first = int(self.counts[:begin].sum())
+        keys = slice(first, first + int(self.counts[begin:end].sum()))
+        return Candidates(self.queries[begin:end], self.counts[begin:end], self.distances[keys], self.rows[keys])
+
 
 class Scan:
     """One search of some queries in the lists of some groups."""
@@ -205,19 +211,20 @@ class Scan:
         """Distances and rows (n, k) of the nearest of all parts."""
         distances = np.full((len(self._bounds), self._k), np.inf, dtype=np.float32)
         rows = np.full(distances.shape, -1, dtype=np.int64)
-        if not found:
-            return distances, rows
-        all_of = Candidates(*map(np.concatenate, zip(*found, strict=True)))
-        order = np.argsort(all_of.queries, kind="stable")
-        begins = np.searchsorted(all_of.queries[order], np.arange(len(distances) + 1))
-        parts, sizes = (np.cumsum(all_of.counts) - all_of.counts)[order], all_of.counts[order]
+        begins = np.append(np.arange(0, len(rows), QUERIES_FINISHED), len(rows))
+        cuts = np.stack([np.searchsorted(part.queries, begins) for part in found], axis=1) if found else begins[:0]
 
-        def finish(begin: int) -> None:
-            end = begin + QUERIES_FINISHED
-            candidates = (begins[begin : end + 1], parts, sizes, all_of.distances, all_of.rows)
-            nearest(*candidates, *self._documents, distances[begin:end], rows[begin:end])
+        def finish(number: int) -> None:
+            at = slice(begins[number], begins[number + 1])
+            some = [part.of(*cut) for part, *cut in zip(found, cuts[number], cuts[number + 1], strict=True)]
+            queries, counts = (np.concatenate([part[which] for part in some]) for which in (0, 1))
+            order = np.argsort(queries, kind="stable")
+            firsts = np.searchsorted(queries[order], np.arange(at.start, at.stop + 1))
+            near, where = (np.concatenate([part[which] for part in some]) for which in (2, 3))
+            parts = (np.cumsum(counts) - counts)[order]
+            nearest(firsts, parts, counts[order], near, where, *self._documents, distances[at], rows[at])
 
-        for _ in in_threads(finish, range(0, len(distances), QUERIES_FINISHED), threads):
+        for _ in in_threads(finish, range(len(cuts[:-1])), threads):
             pass
         return distances, rows
 
