@@ -38,6 +38,14 @@ def _exact(function: Function) -> Function:
     return compiled(function, fastmath={"reassoc", "contract"})
 
 
+@compiled
+def decode(codes: np.ndarray, into: np.ndarray) -> None:
+    """Write codes (n, dimension) uint8 less 128 as float32."""
+    for key in range(len(codes)):
+        for at in range(codes.shape[1]):
+            into[key, at] = np.float32(np.int8(codes[key, at] ^ _TURNED))
+
+
 @_exact
 def whole_products(weights: np.ndarray, codes: np.ndarray, into: np.ndarray) -> None:
     """Write the products (n,) of whole numbers (dimension,) float32 with n codes, end to end, uint8 less 128."""
@@ -128,11 +136,12 @@ def choose(
     constants: np.ndarray,
     squares: np.ndarray,
     lowest: np.float32,
+    rows: np.ndarray,
     queries: np.ndarray,
     bounds: np.ndarray,
     k: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Make products (m, n) distances, and say which keys may be among the k nearest of their queries.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make products (m, n) distances, and choose the keys that may be among the k nearest of their queries.
 
     Args:
         products: of m queries with n keys; they are written over with the distances.
@@ -140,16 +149,17 @@ def choose(
         constants: (m,) what is added for each query.
         squares: (n,) what is added for each key.
         lowest: no distance is below it.
+        rows: (n,) int64, what the keys are called.
         queries: (m,) each query's number in ``bounds``.
         bounds: what the distance of each query's k-th is at most, as far as is known; lowered where more is known now.
             (Where two threads do so at once, the higher of two numbers may stay, which is as true.)
         k: neighbours of a query.
 
     Returns:
-        Up to what distance keys may be among the nearest (m,), and how many keys are as near, (m,).
+        How many keys were chosen for each query (m,); their distances, query by query; and their rows.
     """
     limits = np.empty(len(products), dtype=np.float32)
-    counts = np.empty(len(products), dtype=np.int64)
+    counts, total = np.empty(len(products), dtype=np.int64), 0
     for query in range(len(products)):
         distances = products[query]
         _finish(distances, units[query], constants[query], squares, lowest)
@@ -160,21 +170,15 @@ def choose(
             bounds[queries[query]] = limit
             count = _count(distances, limit)
         limits[query], counts[query] = limit, count
-    return limits, counts
-
-
-@compiled
-def gather(
-    distances: np.ndarray, limits: np.ndarray, rows: np.ndarray, into: np.ndarray, into_rows: np.ndarray
-) -> None:
-    """Write the distances, of (m, n), that are within limits (m,), and the rows, of (n,), that they are to."""
-    at, keys = 0, np.empty(distances.shape[1] + 1, dtype=np.int32)
-    for query in range(len(distances)):
-        own = distances[query]
-        count = _not_above(own, limits[query], keys)
-        for key in keys[:count]:
-            into[at], into_rows[at] = own[key], rows[key]
+        total += int(count)
+    near, where, at = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int64), 0
+    which = np.empty(len(rows) + 1, dtype=np.int32)
+    for query in range(len(products)):
+        distances = products[query]
+        for key in which[: _not_above(distances, limits[query], which)]:
+            near[at], where[at] = distances[key], rows[key]
             at += 1
+    return counts, near, where
 
 
 @compiled
@@ -275,7 +279,8 @@ def nearest_in_lists(
             _finish(own, units[query], constants[query], lists.squares[first : first + size], lowest)
             for at in range(size):
                 where[end + at] = rows[at]
-                if len(selected) and not selected[rows[at] - first_row]:
+                row = rows[at] - first_row
+                if len(selected) and not (0 <= row < len(selected) and selected[row]):
                     own[at] = np.float32(np.inf)
             end += size
         _put(near, where, documents, hashes, into[query], into_rows[query])

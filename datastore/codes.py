@@ -118,8 +118,3 @@ class Codes:
             index.pq, index.by_residual = quantizer, False
         index.is_trained = True
         return index
-
-
-def whole(codes: np.ndarray) -> np.ndarray:
-    """The whole numbers from -128 to 127, int8, that codes of ``sq8`` (…, bytes) uint8 stand for."""
-    return (codes ^ np.uint8(128)).view(np.int8)

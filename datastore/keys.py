@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from datastore.codes import Codes
 from datastore.shard import DocumentRow, Shard
+from silo.errors import IntegrityError
 from silo.files import sha256, write_array, write_rows
 
 FILES = ("lists.bin", "sizes.npy", "places.npy", "tokens.npy", "begins.npy", "ids.npy")
@@ -147,20 +147,16 @@ class KeyGroup:
         """
         self.first_row = first_row
         self.document = document
-        self._sizes = np.load(directory / "sizes.npy")
         self.tokens = np.load(directory / "tokens.npy", mmap_mode="r")
         self.begins = np.load(directory / "begins.npy", mmap_mode="r")
         self.ids = np.load(directory / "ids.npy", mmap_mode="r")
         self.rows = int(self.begins[-1])
-        self.num_keys = int(self._sizes.sum())
-        self._capacity = _capacity(self._sizes)
-        self._file = (
-            np.asarray(np.memmap(directory / "lists.bin", mode="r")) if self.num_keys else np.zeros(0, np.uint8)
-        )
-        self._squared = np.zeros(len(self._sizes), dtype=bool)
-        self._width = len(self._file) // max(1, int(self._capacity.sum())) - _ROW_BYTES  # bytes a code, if there is any
-        self._firsts = _before(self._capacity)
+        sizes = np.load(directory / "sizes.npy")
+        self.num_keys = int(sizes.sum())
         self._places = np.load(directory / "places.npy", mmap_mode="r")
+        self._path = directory / "lists.bin"
+        self._width, self.lists = _map_lists(self._path, sizes)
+        self._squared = np.zeros(len(sizes), dtype=bool)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -172,27 +168,25 @@ class KeyGroup:
         """(rows,) bool, which rows have keys."""
         return np.asarray(self._places != np.iinfo(self._places.dtype).max)
 
+    def require_width(self, width: int) -> None:
+        """Raise :class:`silo.errors.IntegrityError` if codes are not of so many bytes, since nobody looks while they
+        are read."""
+        wanted = int(_capacity(self.lists.sizes).sum()) * (width + _ROW_BYTES)
+        if len(self.lists.file) != wanted:
+            raise IntegrityError(
+                f"{self._path} has {len(self.lists.file)} bytes, not {wanted}; restore it from a backup"
+            )
+
     def list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The codes (n, bytes) uint8 and the row numbers (n,) int64 of an inverted list, where they lie."""
-        size, begin = int(self._sizes[number]), int(self._firsts[number]) * (self._width + _ROW_BYTES)
-        rows = begin + int(self._capacity[number]) * self._width
-        return (
-            self._file[begin : begin + size * self._width].reshape(size, self._width),
-            self._file[rows : rows + size * _ROW_BYTES].view(np.int64),
-        )
-
-    @cached_property
-    def lists(self) -> Lists:
-        """All of them."""
-        codes = self._firsts * (self._width + _ROW_BYTES)
-        rows = (codes + self._capacity * self._width) // _ROW_BYTES
-        squares = np.empty(int(self._capacity.sum()), dtype=np.float32)  # which takes no memory until they are known
-        return Lists(self._file, self._file.view(np.int64), codes, rows, self._sizes, self._firsts, squares)
+        size, codes, rows = (int(each[number]) for each in (self.lists.sizes, self.lists.codes, self.lists.rows))
+        of_list = self.lists.file[codes : codes + size * self._width].reshape(size, self._width)
+        return of_list, self.lists.numbers[rows : rows + size]
 
     def squares(self, number: int, codes: Codes) -> np.ndarray:
         """:meth:`Codes.squares` of the keys of a list, (n,); kept from when they are first asked for, 4 bytes a key."""
-        first = int(self._firsts[number])
-        kept = self.lists.squares[first : first + int(self._sizes[number])]
+        first = int(self.lists.firsts[number])
+        kept = self.lists.squares[first : first + int(self.lists.sizes[number])]
         if not self._squared[number]:
             kept[:] = codes.squares(self.list(number)[0])
             self._squared[number] = True
@@ -202,7 +196,20 @@ class KeyGroup:
         """The codes (n, bytes) of rows (n,), numbered from the group's first; of one without a key, any."""
         places = self._places[rows].astype(np.int64)
         places[places == np.iinfo(self._places.dtype).max] = 0
-        list_of = np.searchsorted(self._firsts, places, side="right") - 1
-        begins = places * self._width + self._firsts[list_of] * _ROW_BYTES
-        every_byte = (max(0, len(self._file) - self._width + 1), self._width)
-        return np.lib.stride_tricks.as_strided(self._file, every_byte, (1, 1), writeable=False)[begins]
+        list_of = np.searchsorted(self.lists.firsts, places, side="right") - 1
+        begins = places * self._width + self.lists.firsts[list_of] * _ROW_BYTES
+        every_byte = (max(0, len(self.lists.file) - self._width + 1), self._width)
+        return np.lib.stride_tricks.as_strided(self.lists.file, every_byte, (1, 1), writeable=False)[begins]
+
+
+def _map_lists(path: Path, sizes: np.ndarray) -> tuple[int, Lists]:
+    """Bytes a code, and lists of given sizes (lists,) that were written into a file."""
+    capacity = _capacity(sizes)
+    keys, firsts = int(capacity.sum()), _before(capacity)
+    file = np.asarray(np.memmap(path, mode="r")) if keys else np.zeros(0, np.uint8)
+    width = len(file) // keys - _ROW_BYTES if keys else 0
+    codes = firsts * (width + _ROW_BYTES)
+    rows = (codes + capacity * width) // _ROW_BYTES
+    squares = np.empty(keys, dtype=np.float32)  # which takes no memory until they are known
+    numbers = file[: len(file) // _ROW_BYTES * _ROW_BYTES].view(np.int64)
+    return width, Lists(file, numbers, codes, rows, sizes, firsts, squares)

@@ -57,6 +57,8 @@ class NeighbourIndex:
         pairs = [pair for pair in filled if pair[1] is None or pair[1].any()]
         pairs.sort(key=lambda pair: pair[0].first_row)
         self._groups = [group for group, _ in pairs]
+        for group in self._groups:
+            group.require_width(control.codes.size)
         self.searches = 0
         """Queries that were searched for so far; those that pointers answered are not among them."""
         self._selected = [

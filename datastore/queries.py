@@ -14,15 +14,16 @@ import faiss
 import numpy as np
 import torch
 
-from datastore.choosing import finish_pairs, products_of_pairs
-from datastore.codes import Codes, whole
+from datastore.choosing import decode, finish_pairs, products_of_pairs
+from datastore.codes import Codes
 from silo.retrieval import Metric
 
 WHOLE_WEIGHT = 1 << 17
 """The sum of a query's weights in units, at most. Times 128, the largest code, it is 2 ^ 24: so far float32 counts."""
 
-BLOCK_NUMBERS = 1 << 18
-"""Coordinates that are decoded at a time: what the processor's cache holds."""
+BLOCK_NUMBERS = 1 << 19
+"""Coordinates that are decoded at a time: what the processor's cache holds, and no fewer, since threads that take turns
+with the interpreter's lock wait at every call."""
 LOWEST = {False: np.float32(0), True: np.float32(-np.inf)}
 """What no distance is below: a squared one, or that of an inner product."""
 
@@ -127,7 +128,7 @@ class GridQueries:
         for begin in range(0, len(codes), at_once):
             block = codes[begin : begin + at_once]
             decoded = space.take("keys", *block.shape)
-            decoded.copy_(torch.from_numpy(whole(block)))
+            decode(block, decoded.numpy())
             torch.mm(weights, decoded.T, out=into[:, begin : begin + at_once])
 
     def measured(self, codes: np.ndarray) -> np.ndarray:

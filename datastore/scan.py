@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 import torch
 
-from datastore.choosing import choose, gather, nearest, nearest_in_lists
+from datastore.choosing import choose, nearest, nearest_in_lists
 from datastore.codes import Codes
 from datastore.keys import KeyGroup, Lists
 from datastore.queries import Queries, Workspace
@@ -178,13 +178,8 @@ class Scan:
         self, products: np.ndarray, queries: Queries, squares: np.ndarray, asked: np.ndarray, rows: np.ndarray
     ) -> Candidates:
         """Of products (m, n), which may be among the k nearest of their queries."""
-        limits, counts = choose(
-            products, queries.units, queries.constants, squares, queries.lowest, asked, self._bounds, self._k
-        )
-        total = int(counts.sum())
-        found = Candidates(asked, counts, np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int64))
-        gather(products, limits, rows, found.distances, found.rows)
-        return found
+        measure = (queries.units, queries.constants, squares, queries.lowest)
+        return Candidates(asked, *choose(products, *measure, rows, asked, self._bounds, self._k))
 
     def _keys(self, number: int) -> Iterator[Iterable[tuple[np.ndarray, ...]]]:
         """Codes (n, bytes), rows (n,) and squares (n,) of one list, each in one piece or several, so many at a time."""

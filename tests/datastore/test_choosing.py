@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datastore.choosing import _ascending, _within, choose, gather, nearest
+from datastore.choosing import _ascending, _within, choose, nearest
 
 K = 20
 
@@ -67,16 +67,14 @@ def test_choose_keeps_the_nearest(kind):
     bounds[2], bounds[3] = last[2], np.nextafter(last[3], np.float32(-np.inf))  # as near as it may be, and nearer still
     known = bounds.copy()
     rows = np.arange(400) + 1000
-    limits, counts = choose(products, units, constants, squares, np.float32(-1), queries, bounds, K)
+    counts, near, where = choose(products, units, constants, squares, np.float32(-1), rows, queries, bounds, K)
     np.testing.assert_array_equal(products, wanted)
     assert (bounds[queries] <= known[queries]).all()
     at = [0, 1, 2, 4]
     assert (bounds[queries][at] >= last[at]).all()
-    near, where = np.empty(counts.sum(), np.float32), np.empty(counts.sum(), np.int64)
-    gather(products, limits, rows, near, where)
     ends = np.cumsum(counts)
     for number, (begin, end) in enumerate(zip(ends - counts, ends, strict=True)):
-        kept = wanted[number] <= limits[number]
+        kept = wanted[number] <= bounds[queries[number]]
         np.testing.assert_array_equal(where[begin:end], rows[kept])
         np.testing.assert_array_equal(near[begin:end], wanted[number][kept])
         assert set(rows[wanted[number] <= min(last[number], known[queries[number]])]) <= set(where[begin:end])

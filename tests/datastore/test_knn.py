@@ -12,6 +12,7 @@ from datastore.knn import NeighbourIndex
 from datastore.queries import prepare
 from datastore.shard import Encoded, write_shard
 from silo.documents import Document
+from silo.errors import IntegrityError
 
 DIMENSION = 16
 TIED = "many/ties"
@@ -153,6 +154,19 @@ def test_shards_and_order_of_adding_leave_no_trace(index_of, encoded, plane):
                 found = index_of(shards, to_a_group=to_a_group).search(queries, 40)
                 assert same_answers(found, expected)
                 assert same_answers(index_of(shards[::-1], to_a_group=to_a_group).search(queries, 40), expected)
+
+
+@pytest.mark.parametrize("left", [-1, -1000, 7])
+def test_lists_of_another_size_are_not_read(index_of, encoded, plane, left):
+    """Where the file of lists was cut off or grew, nobody reads beyond it: one line says what to do."""
+    group = index_of([encoded])._groups[0]
+    data = group._path.read_bytes()
+    group._path.unlink()  # the index has it mapped
+    group._path.write_bytes(data[:left] if left < 0 else data + bytes(left))
+    with pytest.raises(IntegrityError, match=rf"has {len(data) + left} bytes, not {len(data)}; restore it from a ba"):
+        NeighbourIndex(
+            [KeyGroup(group._path.parent, first_row=0, document=group.document)], index_of([encoded])._control
+        )
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 5000])
