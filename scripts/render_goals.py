@@ -16,8 +16,8 @@ of weights tuned on each domain."""
 WHY = {
     ("evaluation", "scoring by the model alone"): "both spend their time in the same products, which one library "
     "multiplies for both, unless there is AVX-512 and the processor is not of that library's maker",
-    ("mixing", "scoring, all methods"): "where vectors are wide the model's products take half the time, and to choose "
-    "among neighbours takes what it took",
+    ("mixing", "scoring, all methods"): "where vectors are wide the model's products take half the time, and blocks, "
+    "n-grams and what follows a search's products take what they took",
     ("mixing", "∞-gram, 200 owners"): "one owner's tokens are one group, and those of 200 owners just over what one "
     "group holds; within a group owners cost nothing",
     (
@@ -41,11 +41,8 @@ WHY = {
     ("model", "training PEER, a million experts / our 65 k"): "as many picks hit more different rows of a million than "
     "of 65 k, and memory is what a step waits for",
     ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are several",
-    (
-        "store",
-        "few neighbours",
-    ): "what FAISS finds is measured again, so that few queries and many get the same bits, and "
-    "where it may have missed a tie its lists are read once more",
+    ("store", "adding documents"): "where the model's products take half the time, what an add does besides is more "
+    "of it: codes, search structures, checksums, syncing",
     (
         "reference",
         "c / d",
