@@ -1,9 +1,11 @@
 """The compiled loops of a search beside the same in numpy."""
 
+import numba
 import numpy as np
 import pytest
+from numba.core import caching
 
-from datastore.choosing import _ascending, _within, choose, nearest
+from datastore.choosing import _ascending, _within, choose, compiled, nearest
 
 K = 20
 
@@ -102,3 +104,15 @@ def test_nearest_by_distance_document_and_position(kind):
         np.testing.assert_array_equal(into[query, : len(order)], distances[order])
         assert (into_rows[query, len(order) :] == -1).all()
         assert np.isinf(into[query, len(order) :]).all()
+
+
+def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch):
+    """Where neither the package's directory nor the user's can be written to, nothing fails."""
+
+    def twice(number):
+        return 2 * number
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(twice)
+    assert compiled(twice)(21) == 42
