@@ -25,7 +25,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """A function that holds no lock while it runs. Every operation rounds by itself, unless ``options`` say other."""
+    """A function that holds no lock while it runs. Every operation rounds by itself, unless ``options`` say other.
+
+    It may be given arrays and numbers, no tuples: code that is kept has the places of a tuple's fields in it, and is
+    not made anew when the file that names them puts them in another order.
+    """
     try:
         made: Function = numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # there is no place that the compiled code could be kept in
@@ -232,7 +236,13 @@ def nearest(
 
 @compiled
 def nearest_in_lists(
-    lists: Any,
+    file: np.ndarray,
+    numbers: np.ndarray,
+    codes: np.ndarray,
+    rows: np.ndarray,
+    sizes: np.ndarray,
+    firsts: np.ndarray,
+    squares: np.ndarray,
     probed: np.ndarray,
     weights: np.ndarray,
     units: np.ndarray,
@@ -248,7 +258,13 @@ def nearest_in_lists(
     """Write the k nearest of each of m queries in the lists that it probes, as :func:`nearest` does.
 
     Args:
-        lists: as :class:`datastore.keys.Lists`; of those that are probed the squares are known.
+        file: this and what follows as of :class:`datastore.keys.Lists`.
+        numbers: likewise.
+        codes: likewise.
+        rows: likewise.
+        sizes: likewise.
+        firsts: likewise.
+        squares: likewise; known of the lists that are probed.
         probed: (m, probes) which lists each query probes.
         weights: (m, dimension) float32, whole numbers that codes are multiplied with.
         units: (m,) as of :func:`choose`.
@@ -265,21 +281,16 @@ def nearest_in_lists(
     for query in range(len(into)):
         total = 0
         for number in probed[query]:
-            total += lists.sizes[number]
+            total += sizes[number]
         near, where, end = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int64), 0
         for number in probed[query]:
-            size, codes, rows, first = (
-                lists.sizes[number],
-                lists.file[lists.codes[number] :],
-                lists.numbers[lists.rows[number] :],
-                lists.firsts[number],
-            )
+            size, begin, first = sizes[number], codes[number], firsts[number]
             own = near[end : end + size]
-            whole_products(weights[query], codes[: size * width], own)
-            _finish(own, units[query], constants[query], lists.squares[first : first + size], lowest)
+            whole_products(weights[query], file[begin : begin + size * width], own)
+            _finish(own, units[query], constants[query], squares[first : first + size], lowest)
             for at in range(size):
-                where[end + at] = rows[at]
-                row = rows[at] - first_row
+                row = numbers[rows[number] + at]
+                where[end + at], row = row, row - first_row
                 if len(selected) and not (0 <= row < len(selected) and selected[row]):
                     own[at] = np.float32(np.inf)
             end += size

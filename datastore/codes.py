@@ -18,7 +18,6 @@ import faiss
 import numpy as np
 
 from silo.errors import UsageError
-from silo.retrieval import Metric
 
 _SCALAR = {"sq8": faiss.ScalarQuantizer.QT_8bit, "fp16": faiss.ScalarQuantizer.QT_fp16}
 _PRODUCT = re.compile(r"pq([1-9]\d*)")
@@ -102,19 +101,3 @@ class Codes:
         sums = np.empty(len(codes))
         whole_squares(np.rint(squares / unit), codes, sums)
         return (sums * unit).astype(np.float32)
-
-    def index(self, coarse: faiss.IndexFlat, lists: int, metric: Metric = "l2") -> Any:
-        """A FAISS index of so many inverted lists of such codes, which has none yet.
-
-        FAISS keeps a pointer to ``coarse``, not a reference.
-        """
-        quantizer: Any = self.quantizer()
-        kind = {"l2": faiss.METRIC_L2, "inner_product": faiss.METRIC_INNER_PRODUCT}[metric]
-        if isinstance(quantizer, faiss.ScalarQuantizer):
-            index: Any = faiss.IndexIVFScalarQuantizer(coarse, self.dimension, lists, quantizer.qtype, kind, False)
-            index.sq = quantizer
-        else:
-            index = faiss.IndexIVFPQ(coarse, self.dimension, lists, quantizer.M, _BITS, kind)
-            index.pq, index.by_residual = quantizer, False
-        index.is_trained = True
-        return index

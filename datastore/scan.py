@@ -128,7 +128,9 @@ class Scan:
             asked = (probed[at], weights[at], queries.units[at], queries.constants[at], queries.lowest)
             for number, group in enumerate(self._groups):
                 into = (distances[number, at], rows[number, at])
-                nearest_in_lists(groups[number], *asked, masks[number], group.first_row, *self._documents, *into)
+                own = groups[number]
+                places = (own.file, own.numbers, own.codes, own.rows, own.sizes, own.firsts, own.squares)
+                nearest_in_lists(*places, *asked, masks[number], group.first_row, *self._documents, *into)
 
         for _ in in_threads(search, range(0, len(probed), QUERIES_SEARCHED), threads):
             pass
@@ -155,7 +157,9 @@ class Scan:
             found.extend(of_list)
             pending += sum(len(part.rows) for part in of_list)
             if pending > PENDING + len(probed) * self._k:
-                found = [self._candidates(*self._nearest(found, 1))]
+                nearer = self._nearest(found, 1)
+                np.minimum(self._bounds, nearer[0][:, -1], out=self._bounds)
+                found = [self._candidates(*nearer)]
                 pending = len(found[0].rows)
         return self._nearest(found, threads)
 
@@ -187,8 +191,8 @@ class Scan:
         room = KEYS_AT_ONCE
         for group, mask in zip(self._groups, self._selected, strict=True):
             codes, rows = group.list(number)
-            nothing = self._queries.by_product
-            squares = np.zeros(len(rows), np.float32) if nothing else group.squares(number, self._codes)
+            none = self._queries.by_product
+            squares = np.zeros(len(rows), np.float32) if none else group.squares(number, self._codes)
             piece: tuple[np.ndarray, ...] = (codes, rows, squares)
             if mask is not None:
                 chosen = mask[piece[1] - group.first_row]

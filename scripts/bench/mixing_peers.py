@@ -30,6 +30,7 @@ import faiss
 import numpy as np
 import torch
 
+from datastore.codes import Codes
 from datastore.store import Store
 
 K = 256
@@ -44,7 +45,7 @@ def merged_index(store: Store, probes: int) -> tuple[Any, np.ndarray]:
         np.concatenate([getattr(shard, name) for shard in shards]) for name in ("lists", "codes", "tokens")
     )
     coarse: Any = plane.coarse_index()
-    index = plane.codes.index(coarse, lists)
+    index = _empty_index(plane.codes, coarse, lists)
     index.nprobe, index.own_fields = probes, True
     coarse.this.disown()  # The index, which keeps no reference, frees it.
     order = np.argsort(numbers, kind="stable").astype(np.int64)
@@ -55,6 +56,21 @@ def merged_index(store: Store, probes: int) -> tuple[Any, np.ndarray]:
             index.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(of_list))
     index.ntotal = len(numbers)
     return index, tokens.astype(np.int64)
+
+
+def _empty_index(codes: Codes, coarse: faiss.IndexFlat, lists: int) -> Any:
+    """A FAISS index of so many inverted lists of such codes; it keeps a pointer to ``coarse``, not a reference."""
+    quantizer: Any = codes.quantizer()
+    if isinstance(quantizer, faiss.ScalarQuantizer):
+        index: Any = faiss.IndexIVFScalarQuantizer(
+            coarse, codes.dimension, lists, quantizer.qtype, faiss.METRIC_L2, False
+        )
+        index.sq = quantizer
+    else:
+        index = faiss.IndexIVFPQ(coarse, codes.dimension, lists, quantizer.M, quantizer.nbits, faiss.METRIC_L2)
+        index.pq, index.by_residual = quantizer, False
+    index.is_trained = True
+    return index
 
 
 def _runs(ordered: np.ndarray, count: int) -> Iterator[tuple[int, int]]:

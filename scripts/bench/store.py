@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import faiss
 import numpy as np
 from recording import files_hash
 
 from bench import ceiling
 from bench.ceiling import Work
 from bench.harness import Contest, Judge, compete, say, subject
+from bench.mixing_peers import merged_index
 from bench.mixing_store import require_tokens
 from bench.nearness import as_near, decided
 from datastore.control import ControlPlane
@@ -88,8 +88,8 @@ def main(files: tuple[Path, ...], model: Path, tokens: int, large_tokens: int, r
         result: dict[str, Any] = {
             "keys": int(rows[cut - 1]),
             "groups": {n: len(store.manifest.groups) for n, store in stores.items()},
-            "neighbours": neighbours(stores, plane, small, queries, rounds),
-            "few_neighbours": neighbours(stores, plane, small, queries[:FEW_QUERIES], rounds),
+            "neighbours": neighbours(stores, queries, rounds),
+            "few_neighbours": neighbours(stores, queries[:FEW_QUERIES], rounds),
             "building": building(root, lm, model, plane, restricted, rounds),
             "opening": {n: opening(stores[n], rounds) for n in (10, 1000)},
             "queries": {"neighbours": len(queries), "few_neighbours": FEW_QUERIES},
@@ -204,21 +204,10 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def neighbours(
-    stores: dict[int, Store], plane: ControlPlane, encoded: list[Encoded], queries: np.ndarray, rounds: int
-) -> dict[str, Any]:
+def neighbours(stores: dict[int, Store], queries: np.ndarray, rounds: int) -> dict[str, Any]:
     """Queries a second of each store, and of one merged index in memory."""
-    coarse, lists = plane.coarse_index(), len(plane.centroids)
-    merged = plane.codes.index(coarse, lists)
-    merged.nprobe = min(PROBES, lists)
-    numbers, codes = (np.concatenate([getattr(each, name) for each in encoded]) for name in ("lists", "codes"))
-    order = np.argsort(numbers, kind="stable").astype(np.int64)
-    for number in range(lists):
-        rows = order[numbers[order] == number]
-        if len(rows):
-            of_list = np.ascontiguousarray(codes[rows])
-            merged.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(of_list))
-    merged.ntotal = len(numbers)
+    plane = stores[1].control
+    merged, _ = merged_index(stores[1], min(PROBES, len(plane.centroids)))
     opened = {n: stores[n].neighbours() for n in SEARCHED}
     calls: dict[str, Callable[[], Any]] = {"merged": lambda: merged.search(queries, NEIGHBOURS)}
     calls |= {str(n): lambda index=index: index.search(queries, NEIGHBOURS) for n, index in opened.items()}  # type: ignore[misc]
