@@ -80,6 +80,44 @@ def whole_squares(weights: np.ndarray, codes: np.ndarray, into: np.ndarray) -> N
 
 
 @compiled
+def nearest_centroids(products: np.ndarray, squares: np.ndarray, into: np.ndarray, apart: np.ndarray) -> None:
+    """Write the few nearest of n centroids to each of m keys, nearest first.
+
+    Args:
+        products: (m, n) float32, of the keys with the centroids.
+        squares: (n,) float32, what is added to −2 times a product.
+        into: (m, few) int64, filled with numbers of centroids.
+        apart: (m,) float32, by how much the next centroid is farther than the last of them.
+    """
+    few = into.shape[1]
+    near = np.empty(few + 1, dtype=np.float32)
+    for key in range(len(into)):
+        near[:] = np.inf
+        for centroid in range(len(squares)):
+            distance = squares[centroid] - np.float32(2) * products[key, centroid]
+            at = few
+            if not distance < near[at]:
+                continue
+            while at and distance < near[at - 1]:
+                near[at] = near[at - 1]
+                if at < few:
+                    into[key, at] = into[key, at - 1]
+                at -= 1
+            near[at] = distance
+            if at < few:
+                into[key, at] = centroid
+        apart[key] = near[few] - near[few - 1]
+
+
+@compiled
+def look_up(rows: np.ndarray, first: int, values: np.ndarray, into: np.ndarray) -> None:
+    """Write the values (m,) of those rows (n,) that are among the m from ``first`` on; others (n,) stay as they are."""
+    for at in range(len(rows)):
+        if first <= rows[at] < first + len(values):
+            into[at] = values[rows[at] - first]
+
+
+@compiled
 def _finish(
     products: np.ndarray, unit: np.float32, constant: np.float32, squares: np.ndarray, lowest: np.float32
 ) -> None:

@@ -18,6 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
+from datastore.choosing import look_up
 from datastore.control import ControlPlane
 from datastore.keys import KeyGroup
 from datastore.queries import Queries, prepare
@@ -190,9 +191,9 @@ class FoundNeighbours:
     @cached_property
     def values(self) -> np.ndarray:
         """As :attr:`silo.retrieval.Neighbours.values`."""
-        values = np.zeros_like(self._rows)
-        for _, group, chosen, within in _by_group(self._groups, self._rows):
-            values[chosen] = group.tokens[within]
+        values = np.zeros(self._rows.shape, dtype=np.int64)
+        for group in self._groups:
+            look_up(self._rows.ravel(), group.first_row, group.tokens, values.ravel())
         return values
 
     @property

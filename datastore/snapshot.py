@@ -7,6 +7,7 @@ was removed meanwhile is missed with an error that says so.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from silo.nearest import Nearest
 
 CHECKED_BYTES = 1 << 28
-"""Search structures up to this size are read and checked when they are opened. Larger ones are mapped unread, so that a
-store larger than memory opens at once; `silo datastore verify` checks them."""
+"""Search structures that have no more than this together are read and checked when they are opened. More are mapped
+unread, so that a store larger than memory opens at once; `silo datastore verify` checks them."""
 
 
 class Snapshot:
@@ -202,14 +203,19 @@ class Snapshot:
         return choose
 
     def _key_groups(self) -> list[KeyGroup]:
-        """The keys of every group. Their files are checked first, if that takes no longer than a moment."""
-        for group in self.manifest.groups:
-            if group.directory not in self._mapped:
-                directory = self.path / "search" / group.directory
-                if sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) <= CHECKED_BYTES:
-                    self._verify_group(group)
-                rows = self._document_rows(group)
-                self._mapped[group.directory] = KeyGroup(directory / "keys", first_row=group.first_row, document=rows)
+        """The keys of every group. Files of all that are new are checked first, if that takes no longer than a
+        moment."""
+        new = {
+            group.directory: (group, self.path / "search" / group.directory)
+            for group in self.manifest.groups
+            if group.directory not in self._mapped
+        }
+        few = not _exceed(CHECKED_BYTES, (file for _, directory in new.values() for file in directory.rglob("*")))
+        for name, (group, directory) in new.items():
+            if few:
+                self._verify_group(group)
+            rows = self._document_rows(group)
+            self._mapped[name] = KeyGroup(directory / "keys", first_row=group.first_row, document=rows)
         return [self._mapped[group.directory] for group in self.manifest.groups]
 
     def present(self, documents: Iterable[Document]) -> set[str]:
@@ -349,3 +355,9 @@ class Snapshot:
     def log(self) -> list[dict[str, Any]]:
         """What was added and removed, and when."""
         return history.read(self.path / "log.jsonl")
+
+
+def _exceed(limit: int, files: Iterable[Path]) -> bool:
+    """Whether some files have more bytes together; no more are looked at than it takes to know."""
+    sizes = (file.stat().st_size for file in files if file.is_file())
+    return any(total > limit for total in itertools.accumulate(sizes))

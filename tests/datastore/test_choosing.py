@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numba.core import caching
 
-from datastore.choosing import _ascending, _within, choose, compiled, nearest
+from datastore.choosing import _ascending, _within, choose, compiled, look_up, nearest, nearest_centroids
 
 K = 20
 
@@ -52,6 +52,30 @@ def test_ascending(kind, count):
     same = np.diff(values[found].view(np.int32)) == 0
     assert (np.diff(found)[same] > 0).all()
     assert sorted(found) == sorted(which)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("few", [1, 4])
+def test_nearest_centroids(kind, few):
+    """The few nearest of each key in order, those of lower numbers first, and how far the next is beyond the last."""
+    rng = np.random.default_rng(3)
+    products = values_of(rng, kind, 40 * 9).reshape(9, 40)
+    squares = np.abs(rng.normal(size=40)).astype(np.float32)
+    into, apart = np.zeros((9, few), dtype=np.int64), np.empty(9, dtype=np.float32)
+    nearest_centroids(products, squares, into, apart)
+    distances = squares - np.float32(2) * products
+    order = np.argsort(distances, axis=1, kind="stable")
+    np.testing.assert_array_equal(into, order[:, :few])
+    ordered = np.take_along_axis(distances, order, axis=1)
+    np.testing.assert_array_equal(apart, ordered[:, few] - ordered[:, few - 1])
+
+
+def test_look_up():
+    """Of rows of a group its values; what is of no group, or of another, is left alone."""
+    values = np.arange(50, 60, dtype=np.uint16)
+    into = np.full(6, 7)
+    look_up(np.asarray([-1, 99, 100, 104, 109, 110]), 100, values, into)
+    assert into.tolist() == [7, 7, 50, 54, 59, 7]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import pytest
 
 from datastore import control as control_module
 from datastore.codes import Codes
-from datastore.control import ControlPlane, fit_control_plane
+from datastore.control import KEYS_AT_ONCE, ControlPlane, fit_control_plane
 from silo.collect import collect
 from silo.corpus import Corpus
 from silo.errors import IntegrityError, LicenseError, UsageError
@@ -168,6 +168,22 @@ def test_nearest_centroid_is_the_list(control, model, documents):
     keys = model.keys(model.tokenize(documents[1]))[:100]
     distances = ((keys[:, None].astype(np.float64) - control.centroids) ** 2).sum(axis=2)
     np.testing.assert_array_equal(control.encode(keys)[0], distances.argmin(axis=1))
+
+
+@pytest.mark.parametrize("metric", ["l2", "inner_product"])
+@pytest.mark.parametrize("count", [1, 4, 31])
+def test_lists_whose_centroids_are_nearest(metric, count):
+    """However many keys are asked for at once, the lists are those that numpy finds; and keys that are no numbers, or
+    equally near to all centroids, have some lists."""
+    plane = ControlPlane(keys_like((32, 24)) + 1, Codes.fit("fp16", keys_like((1, 24))), [])
+    keys = keys_like((KEYS_AT_ONCE + 5, 24))
+    products = keys.astype(np.float64) @ plane.centroids.T
+    distances = (plane.centroids.astype(np.float64) ** 2).sum(axis=1) * (metric == "l2") - 2 * products
+    expected = np.sort(np.argsort(distances, axis=1)[:, :count], axis=1)
+    np.testing.assert_array_equal(np.sort(plane.nearest(keys, count, metric), axis=1), expected)
+    for odd in (np.full((3, 24), np.nan, np.float32), np.zeros((3, 24), np.float32)):
+        lists = plane.nearest(odd, count, metric)
+        assert all(len(set(row)) == count and 0 <= min(row) <= max(row) < 32 for row in lists.tolist())
 
 
 def test_codes_are_near_the_keys(control, model, documents):

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datastore import groups
+from datastore import groups, snapshot
 from datastore.groups import first_free_row, regroup
 from datastore.manifest import Group, ShardEntry
 from datastore.store import Selection, Store
 from silo.cli import main
-from silo.errors import DataError, LicenseError, UsageError
+from silo.errors import DataError, IntegrityError, LicenseError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = 8
@@ -280,6 +280,26 @@ def test_grouping_changes_no_answer(make_store, mixed, answers, fresh_answers, m
         store = make_store(name, mixed)
         assert len(store.manifest.groups) == count
         assert answers(store) == expected
+
+
+def test_groups_are_checked_when_opened_if_all_together_are_small(make_store, mixed, monkeypatch):
+    """Of a store whose groups are small and many no file is read when it is opened, so that it opens at once; of one
+    that is small as a whole every one is."""
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 1)
+    store = make_store("store", mixed)
+    files = [file for file in (store.path / "search").rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    for file in (store.path / "search").glob("*/keys/lists.bin"):
+        data = bytearray(file.read_bytes())
+        data[0] ^= 1
+        file.write_bytes(data)
+    monkeypatch.setattr(snapshot, "CHECKED_BYTES", size)
+    with pytest.raises(IntegrityError, match=r"lists.bin is damaged"):
+        Store.open(store.path).neighbours()
+    monkeypatch.setattr(snapshot, "CHECKED_BYTES", size - 1)
+    Store.open(store.path).neighbours()
+    with pytest.raises(IntegrityError, match=r"lists.bin is damaged"):
+        Store.open(store.path).verify()
 
 
 def test_removal_rewrites_only_the_group_that_it_touches(make_store, mixed, monkeypatch):
