@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from datastore import groups
+from datastore.store import Store
 from silo.sources import open_source
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -67,8 +69,10 @@ def run(module, typed):
     return json.loads(done.stdout) | {"command": f"python scripts/bench {module.__name__.partition('.')[2]} f.jsonl"}
 
 
-def test_a_run_over_small_stores(growth, small):
-    """Every cost is told at every size with its exponent, and stores that are kept are not made again."""
+def test_a_run_over_small_stores(growth, small, monkeypatch):
+    """Every cost is told at every size with its exponent, and stores that are kept are not made again; the large owner
+    has a group alone."""
+    monkeypatch.setattr(groups, "ALONE_TOKENS", 4000)
     typed = [*small, *(f"--tokens={n}" for n in (1000, 2000, 4000))]
     record = run(growth, typed)
     assert {of: set(found) for of, found in record["result"].items()} == {
@@ -86,8 +90,11 @@ def test_a_run_over_small_stores(growth, small):
         assert set(found["wall"]["seconds"]) == {"1000", "2000", "4000"}
         assert len(found["wall"]["exponent"]) == 3
     assert set(record["projected"]) == {"1000000000", "100000000000"}
+    assert all(growth.BOUNDED not in projected for projected in record["projected"].values())
     assert importlib.import_module("render_bench").growth(record).count("| opening |") == 3  # and where it would go
     stores = Path(typed[typed.index("--stores") + 1])
+    for n in (4, 5, 6):
+        assert [growth.LARGE] in [list(group.shards) for group in Store.open(stores / f"owners-{n}").manifest.groups]
     made = {path: path.stat().st_mtime_ns for path in stores.rglob("*")}
     run(growth, typed)
     assert {path: path.stat().st_mtime_ns for path in stores.rglob("*")} == made
