@@ -1,17 +1,10 @@
-"""The inner loops of a search for neighbours, compiled by numba.
-
-Written with numpy's functions, each is several passes over memory by calls too short for more than one thread, since
-each holds the interpreter's lock; these hold none. They are compiled when they are first called, which takes some
-seconds, and kept beside this file or in the user's cache, whichever can be written.
-"""
+"""The inner loops of a search for neighbours, compiled (:mod:`datastore.compiling`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
-import numba
 import numpy as np
+
+from datastore.compiling import Function, compiled
 
 SAMPLED = 64
 """Values that say in what range to look for the k-th smallest."""
@@ -20,21 +13,6 @@ FARTHEST = np.float32(np.finfo(np.float32).max)
 _TURNED = np.uint8(128)
 _SIGN = np.uint32(1 << 31)
 _ALL = np.uint32(0xFFFFFFFF)
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def compiled(function: Function, **options: Any) -> Function:
-    """A function that holds no lock while it runs. Every operation rounds by itself, unless ``options`` say other.
-
-    It may be given arrays and numbers, no tuples: code that is kept has the places of a tuple's fields in it, and is
-    not made anew when the file that names them puts them in another order.
-    """
-    try:
-        made: Function = numba.njit(nogil=True, cache=True, **options)(function)
-    except RuntimeError:  # there is no place that the compiled code could be kept in
-        made = numba.njit(nogil=True, **options)(function)
-    return made
 
 
 def _exact(function: Function) -> Function:

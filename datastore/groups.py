@@ -3,7 +3,7 @@
     keys/         :mod:`datastore.keys`
     blocks/       :mod:`datastore.bm25`
     sketches/     :mod:`datastore.sketches`
-    suffixes/     :mod:`datastore.suffixes`
+    suffixes/     :mod:`datastore.suffix_arrays`
     group.json    the shards that it was built from, and the checksum of every file
 
 An index a shard was measured and is slow by the number of shards; one for all would have to be rewritten as a whole at
@@ -24,7 +24,7 @@ from datastore.keys import write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.shard import Shard
 from datastore.sketches import write_sketches
-from datastore.suffixes import write_suffixes
+from datastore.suffix_arrays import write_suffixes
 from silo.errors import IntegrityError
 from silo.files import read_array, sha256_file, sync_directory, write_file
 

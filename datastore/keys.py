@@ -150,7 +150,9 @@ class KeyGroup:
         self.tokens = np.load(directory / "tokens.npy", mmap_mode="r")
         self.begins = np.load(directory / "begins.npy", mmap_mode="r")
         self.ids = np.load(directory / "ids.npy", mmap_mode="r")
-        self.rows = int(self.begins[-1])
+        self.rows = len(self.tokens)
+        if self.begins[-1] != self.rows:
+            raise IntegrityError(f"{directory} has {self.rows} tokens, not {self.begins[-1]}; restore it from a backup")
         sizes = np.load(directory / "sizes.npy")
         self.num_keys = int(sizes.sum())
         self._places = np.load(directory / "places.npy", mmap_mode="r")

@@ -170,34 +170,16 @@ class Counts:
         """The same of (m,) suffixes."""
         found = [np.zeros((3, 0), dtype=np.int64)]
         for group, asked, spans in self._by_group(suffixes):
-            found.append(self._runs(group, asked, spans))
+            firsts, counts = self._spans.firsts[spans], self._spans.counts[spans]
+            runs = self._groups[group].runs(firsts, counts, self._depths[self._spans.suffixes[spans]])
+            runs[0] = asked[runs[0]]
+            found.append(runs)
         asked, tokens, counts = np.concatenate(found, axis=1)
         order = np.argsort((asked << 32) | tokens)  # tokens are uint32 at the widest
         asked, tokens, counts = asked[order], tokens[order], counts[order]
         first = _first_of_each(asked, tokens)
         begins = np.searchsorted(asked[first], np.arange(len(suffixes) + 1))
         return NextTokens(begins, tokens[first], _sums(counts, first))
-
-    def _runs(self, group: int, asked: np.ndarray, spans: np.ndarray) -> np.ndarray:
-        """Runs of one next token in spans of a group: rows (which was asked, token, count).
-
-        A span is in the order of its next tokens. It is halved until both ends have the same, so that a span of many
-        suffixes and few tokens takes few steps.
-        """
-        suffixes = self._groups[group]
-        depths = self._depths[self._spans.suffixes[spans]]
-        low = self._spans.firsts[spans]
-        high = low + self._spans.counts[spans] - 1
-        done = [np.zeros((3, 0), dtype=np.int64)]
-        while len(low):
-            token = suffixes.tokens(low, depths)
-            same = token == suffixes.tokens(high, depths)
-            done.append(np.stack([asked[same], token[same], high[same] - low[same] + 1]))
-            asked, depths, low, high = (array[~same] for array in (asked, depths, low, high))
-            middle = (low + high) >> 1
-            asked, depths = np.concatenate([asked, asked]), np.concatenate([depths, depths])
-            low, high = np.concatenate([low, middle + 1]), np.concatenate([middle, high])
-        return np.concatenate(done, axis=1)
 
     def occurrences(self, contexts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """How often (m,) tokens come after the suffixes of (m,) contexts."""

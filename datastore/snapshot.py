@@ -25,7 +25,6 @@ from datastore.control import ControlPlane, describe
 from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.manifest import Group, Manifest, ShardEntry
-from datastore.ngrams import NgramIndex
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
@@ -37,6 +36,7 @@ from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
     from datastore.knn import NeighbourIndex
+    from datastore.ngrams import NgramIndex
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture

@@ -11,8 +11,6 @@ import numpy as np
 from datastore.blocks import BlockIndex, selected_blocks
 from datastore.bm25 import K1, B
 from datastore.keys import KeyGroup
-from datastore.ngrams import NgramIndex
-from datastore.suffixes import Suffixes
 from silo.errors import StoreError
 from silo.retrieval import PROBES, Metric
 
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
     from datastore.control import ControlPlane
     from datastore.knn import NeighbourIndex
+    from datastore.ngrams import NgramIndex
     from silo.in_context import InContext
     from silo.language_model import LanguageModel
     from silo.mixture import Mixture
@@ -89,6 +88,9 @@ class View:
     def ngrams(self) -> NgramIndex:
         """The ∞-gram, mapped from disk."""
         self._require_files()
+        from datastore.ngrams import NgramIndex  # which needs numba
+        from datastore.suffixes import Suffixes
+
         return NgramIndex([Suffixes.open(keys, path / "suffixes") for path, keys in self._groups], self._selected)
 
     def mixture(

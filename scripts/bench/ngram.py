@@ -39,7 +39,8 @@ from datastore.keys import KeyGroup, write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.ngrams import NgramIndex
 from datastore.shard import Encoded, write_shard
-from datastore.suffixes import Suffixes, write_suffixes
+from datastore.suffix_arrays import write_suffixes
+from datastore.suffixes import Suffixes
 from silo.documents import Document
 from silo.files import sha256
 from silo.licensing import DEFAULT_POLICY

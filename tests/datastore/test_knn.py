@@ -169,6 +169,16 @@ def test_lists_of_another_size_are_not_read(index_of, encoded, plane, left):
         )
 
 
+def test_fewer_tokens_than_documents_have_are_not_read(index_of, encoded):
+    """Where tokens were cut off, nobody reads beyond them: one line says what to do."""
+    group = index_of([encoded])._groups[0]
+    path, tokens = group._path.parent / "tokens.npy", np.array(group.tokens)
+    path.unlink()  # the index has it mapped
+    np.save(path, tokens[:-1])
+    with pytest.raises(IntegrityError, match=rf"has {len(tokens) - 1} tokens, not {len(tokens)}; restore it from"):
+        KeyGroup(path.parent, first_row=0, document=group.document)
+
+
 @pytest.mark.parametrize("at_once", [1, 100, 5000])
 def test_lists_written_in_pieces_are_the_same_bytes(encoded, plane, tmp_path, monkeypatch, at_once):
     """However few codes are in memory at a time, the files of a group are equal."""

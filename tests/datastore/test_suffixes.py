@@ -13,7 +13,8 @@ from datastore import runs, suffixes
 from datastore.keys import id_hash
 from datastore.ngrams import Counts, NgramIndex
 from datastore.shard import DocumentRow
-from datastore.suffixes import Suffixes, suffix_arrays
+from datastore.suffix_arrays import suffix_arrays
+from datastore.suffixes import Suffixes
 from silo.errors import UsageError
 
 few = st.lists(st.integers(0, 3), min_size=1, max_size=12)
@@ -249,9 +250,30 @@ def test_long_runs_are_followed_to_their_ends(texts, sequences):
     """Runs longer than those compared at every place, and long documents, give what counting by hand does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "FAR", 2)
-        patch.setattr(suffixes, "LONG", 4)
         patch.setattr(suffixes, "APART", 2)
         assert everything(index_of(texts, 2), *sequences) == expected(texts, *sequences)
+
+
+@pytest.mark.parametrize("far", [2, 64])
+def test_documents_longer_than_lengths_are_kept(far, monkeypatch):
+    """Of documents of more tokens than a byte counts, everything is as counted by hand, also where they end."""
+    monkeypatch.setattr(runs, "FAR", far)
+    texts = [[0, 1] * 140, [1, 0] * 129 + [2], [0, 1] * 128, [0] * 256 + [3], [0] * 255]
+    sequences = [[0, 1] * 135 + [3], [0] * 257, [1, 0] * 128 + [2, 2]]
+    assert everything(index_of(texts, 2), *sequences) == expected(texts, *sequences)
+
+
+def test_what_damaged_files_say_is_not_followed():
+    """Suffixes that would begin or end beyond all tokens are answered somehow, and no memory is read that is not
+    theirs."""
+    whole = Documents([[0, 1] * 140, [1, 0, 2]], ["a", "b"])
+    rows, lengths = suffix_arrays(whole.tokens, whole.begins)
+    for wrong in (rows + np.uint32(1 << 31), np.where(rows % 3, rows, np.uint32(0xFFFFFFFF)), rows):
+        index = NgramIndex([Suffixes(whole, wrong, np.full_like(lengths, 255))])
+        found = match(index, [0, 1] * 135)
+        found.kinds(np.arange(271))
+        found.following(np.arange(271))
+        assert found.lengths.max() <= 271
 
 
 @given(corpora, queries, st.data())
