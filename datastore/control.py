@@ -99,13 +99,17 @@ class ControlPlane:
         lists = np.tile(np.arange(count), (len(keys), 1))
         if count == len(self.centroids):
             return lists
+        import torch  # numpy's product has threads of its own, and they and torch's wait for each other, spinning
+
         from datastore.choosing import nearest_centroids  # which needs numba
 
         keys, apart = np.ascontiguousarray(keys), np.empty(len(keys), dtype=np.float32)
+        centroids = torch.from_numpy(self.centroids).T
         squares = self._squares if metric == "l2" else np.zeros_like(self._squares)
         for begin in range(0, len(keys), KEYS_AT_ONCE):
             at = slice(begin, begin + KEYS_AT_ONCE)
-            nearest_centroids(keys[at] @ self.centroids.T, squares, lists[at], apart[at])
+            products = torch.from_numpy(keys[at]) @ centroids
+            nearest_centroids(products.numpy(), squares, lists[at], apart[at])
         reach = (np.sqrt((keys.astype(np.float64) ** 2).sum(axis=1)) + np.sqrt(self._squares.max())) ** 2
         close = np.flatnonzero(apart <= 4 * self.dimension * 2.0**-24 * reach)
         for start in range(0, len(close), BATCH_BELOW_BLAS):

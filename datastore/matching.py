@@ -14,6 +14,26 @@ from datastore.suffix_arrays import LONG
 
 
 @compiled
+def heads(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, bits: int, into: np.ndarray) -> None:
+    """Write the first eight bytes of some strings as numbers that have the order of the strings; what is beyond a
+    string's end counts as zero.
+
+    Args:
+        tokens: what the strings are of, each below 2 to the power of ``bits``.
+        starts: (n,) where each starts.
+        lengths: (n,) how many tokens it has.
+        bits: of a token.
+        into: (n,) uint64.
+    """
+    for at in range(len(starts)):
+        head, held = np.uint64(0), min(np.int64(lengths[at]), len(tokens) - starts[at])
+        for number in range(64 // bits):
+            token = np.uint64(tokens[starts[at] + number]) if number < held else np.uint64(0)
+            head = head << np.uint64(bits) | token
+        into[at] = head
+
+
+@compiled
 def _length(place: int, needed: int, rows: np.ndarray, lengths: np.ndarray, begins: np.ndarray) -> np.int64:
     """How many tokens a suffix has. A number above ``needed`` may be too small, but is not below ``needed``.
 

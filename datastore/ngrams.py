@@ -15,7 +15,7 @@ import numpy as np
 from datastore import kinds
 from datastore.keys import KeyGroup
 from datastore.runs import FAR, Search, Spans
-from datastore.suffixes import Query, Suffixes
+from datastore.suffixes import Suffixes
 from silo.errors import UsageError
 from silo.retrieval import NextTokens, Origins, SourceDocument, Spread
 
@@ -254,9 +254,9 @@ class Matches(Counts):
         sizes = np.asarray([len(tokens) + 1 for tokens in sequences], dtype=np.int64)
         self.begins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         # Each sequence is followed by a token that no run reaches, so that its contexts and its places are as many.
-        query = Query(np.concatenate([np.zeros(0, np.int64), *(each for one in sequences for each in (one, [0]))]))
-        self._search = Search(groups, query, np.repeat(self.begins[1:] - 1, sizes))
-        starts = np.searchsorted(self._search.reach, np.arange(len(query.tokens)))
+        tokens = np.concatenate([np.zeros(0, np.int64), *(each for one in sequences for each in (one, [0]))])
+        self._search = Search(groups, tokens, np.repeat(self.begins[1:] - 1, sizes))
+        starts = np.searchsorted(self._search.reach, np.arange(len(tokens)))
         lengths = np.arange(len(starts)) - starts
         hits, spans = self._search.count(starts, lengths)
         super().__init__(groups, remembered, spans, np.arange(len(starts)), lengths, hits)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datastore.suffixes import Found, Query, Suffixes
+from datastore.suffixes import Found, Suffixes
 
 FAR = 64
 """Runs as long as this are compared to their ends only from every so many places on. Between two places that reach
@@ -36,8 +36,8 @@ class Spans:
 class Search:
     """One search of some sequences in some groups."""
 
-    def __init__(self, suffixes: list[Suffixes], query: Query, ends: np.ndarray) -> None:
-        """``ends`` is (n,): where the sequence of each place of the query ends."""
+    def __init__(self, suffixes: list[Suffixes], query: np.ndarray, ends: np.ndarray) -> None:
+        """``query`` is (n,) int64, the tokens of all sequences; ``ends`` (n,), where the sequence of each ends."""
         self._suffixes, self._query, self._ends = suffixes, query, ends
         places = np.arange(len(ends))
         self._found = [each.find(query, places, np.minimum(ends - places, FAR)) for each in suffixes]
@@ -140,7 +140,7 @@ class Search:
         """Where each of the different runs of a length begins first, and which of these the run from each start is."""
         names, first = np.zeros_like(starts), np.zeros_like(starts)
         for at in range(length):
-            tokens = self._query.tokens[starts + at]
+            tokens = self._query[starts + at]
             names = names * (int(tokens.max(initial=0)) + 1) + tokens
             _, first, names = np.unique(names, return_index=True, return_inverse=True)
         return starts[first], names

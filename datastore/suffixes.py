@@ -18,29 +18,6 @@ APART = 64
 """Suffixes from one in memory to the next, by which searches begin: an eighth of a byte for each token."""
 
 
-class Query:
-    """Tokens to look for, as :class:`Suffixes` compares them."""
-
-    def __init__(self, tokens: np.ndarray) -> None:
-        """``tokens`` are (n,) int64."""
-        self.tokens = tokens
-        self._packed: dict[np.dtype, np.ndarray] = {}
-
-    def packed(self, dtype: np.dtype) -> np.ndarray:
-        """(n,) uint64: the tokens from each place on, as many as eight bytes hold, the first in the lowest bits.
-
-        Raises :class:`UsageError` at a token that a store of this type of tokens cannot hold.
-        """
-        if dtype not in self._packed:
-            most = np.iinfo(dtype).max
-            if self.tokens.min(initial=0) < 0 or self.tokens.max(initial=0) > most:
-                wrong = self.tokens[(self.tokens < 0) | (self.tokens > most)][0]
-                raise UsageError(f"token {wrong} is not of the store's vocabulary; use the tokenizer of its model")
-            padded = np.concatenate([self.tokens, np.zeros(8, dtype=np.int64)]).astype(dtype)
-            self._packed[dtype] = _windows(padded)[: len(self.tokens)].view("<u8")
-        return self._packed[dtype]
-
-
 @dataclass(frozen=True)
 class Found:
     """Where some strings of a query stand in the order of a group's suffixes; arrays of shape (n,)."""
@@ -64,10 +41,6 @@ class Suffixes:
         self._rows, self._lengths = _read_only(rows), _read_only(lengths)
         self._begins, self._tokens = _read_only(keys.begins), _read_only(keys.tokens)
         self._arrays = self._rows, self._lengths, self._begins, self._tokens
-        self._bits = 8 * self._tokens.itemsize
-        short = 64 // self._bits - len(self._tokens)
-        padded = np.concatenate([self._tokens, np.zeros(short, self._tokens.dtype)]) if short > 0 else self._tokens
-        self._windows = _windows(padded)
 
     @classmethod
     def open(cls, keys: KeyGroup, directory: Path) -> Suffixes:
@@ -84,58 +57,54 @@ class Suffixes:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def find(self, query: Query, starts: np.ndarray, lengths: np.ndarray) -> Found:
-        """Find strings of a query, given by (n,) where each starts and how many tokens it has."""
+    def find(self, query: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Found:
+        """Find strings of a query, (tokens,) int64, given by (n,) where each starts and how many tokens it has.
+
+        Raises:
+            UsageError: it has a token that a store of this type of tokens cannot hold.
+        """
+        most = np.iinfo(self._tokens.dtype).max
+        if query.min(initial=0) < 0 or query.max(initial=0) > most:
+            wrong = query[(query < 0) | (query > most)][0]
+            raise UsageError(f"token {wrong} is not of the store's vocabulary; use the tokenizer of its model")
         if not len(self):
             return Found(*(np.zeros_like(starts) for _ in range(4)))
-        packed = query.packed(self._tokens.dtype)
-        keys = self._ordered(packed[starts], lengths)
-        order = np.argsort(keys)  # so that one search is near to the one before
+        heads = self._heads_of(query, starts, lengths)
+        order = np.argsort(heads)  # so that one search is near to the one before
         low, high = np.zeros_like(starts), np.zeros_like(starts)
-        low[order] = np.maximum(APART * (np.searchsorted(self._heads, keys[order]) - 1), -1)
-        high[order] = np.minimum(APART * np.searchsorted(self._heads, keys[order], side="right"), len(self))
+        low[order] = np.maximum(APART * (np.searchsorted(self._heads, heads[order]) - 1), -1)
+        high[order] = np.minimum(APART * np.searchsorted(self._heads, heads[order], side="right"), len(self))
         return self.find_between(query, starts, lengths, low, high)
 
     def find_between(
-        self, query: Query, starts: np.ndarray, lengths: np.ndarray, low: np.ndarray, high: np.ndarray
+        self, query: np.ndarray, starts: np.ndarray, lengths: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> Found:
         """Find strings between a suffix that comes before each and one that does not, or -1 and the number of
         suffixes."""
         low, high = low.copy(), high.copy()
         found = Found(high, *(np.zeros_like(high) for _ in range(3)))
         into = (low, high, found.left, found.right, found.followed)
-        matching.find_between(*self._arrays, query.tokens, starts, lengths, *into)
+        matching.find_between(*self._arrays, query, starts, lengths, *into)
         return found
 
-    def _packed(self, rows: np.ndarray) -> np.ndarray:
-        """The tokens from some rows on, as many as eight bytes hold, the first in the lowest bits; zeros at the end."""
-        last = len(self._windows) - 1
-        windows = self._windows[np.minimum(rows, last)].view("<u8")
-        beyond = np.flatnonzero(rows > last)
-        if len(beyond):
-            windows[beyond] >>= (self._bits * (rows[beyond] - last)).astype(np.uint64)
-        return windows
-
-    def _ordered(self, packed: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Packed tokens as numbers that have the order of the strings; tokens beyond a string's length are zeros."""
-        width = 64 // self._bits
-        masks = np.asarray([(1 << 64) - (1 << (64 - self._bits * held)) for held in range(width + 1)], dtype=np.uint64)
-        tokens = packed.view(self._tokens.dtype).reshape(-1, width)
-        first_highest = np.ascontiguousarray(tokens[:, ::-1]).view("<u8").ravel()
-        return first_highest & masks[np.minimum(lengths, width)]
+    def _heads_of(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The first eight bytes of some strings of the group or of a query, as numbers in the strings' order: (n,)
+        uint64."""
+        found = np.empty(len(starts), dtype=np.uint64)
+        matching.heads(tokens, starts, lengths, 8 * self._tokens.itemsize, found)
+        return found
 
     @cached_property
     def _heads(self) -> np.ndarray:
-        """The first eight bytes of every suffix of so many, as numbers in the order of the suffixes.
+        """Those of every suffix of so many.
 
         A search begins in them: they lie close together, while a suffix's own tokens lie anywhere.
         """
-        rows = self._rows[::APART].astype(np.int64)
-        return self._ordered(self._packed(rows), self._lengths[::APART])
+        return self._heads_of(self._tokens, self._rows[::APART].astype(np.int64), self._lengths[::APART])
 
     def width(
         self,
-        query: Query,
+        query: np.ndarray,
         firsts: np.ndarray,
         steps: np.ndarray,
         limits: np.ndarray,
@@ -153,7 +122,7 @@ class Suffixes:
             lengths: (n,) how many tokens it has.
         """
         found = np.empty_like(firsts)
-        matching.width(*self._arrays, query.tokens, firsts, steps, limits, starts, lengths, found)
+        matching.width(*self._arrays, query, firsts, steps, limits, starts, lengths, found)
         return found
 
     def exact(self, firsts: np.ndarray, limits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -182,10 +151,3 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
-
-
-def _windows(tokens: np.ndarray) -> np.ndarray:
-    """Eight bytes from each token on, as they lie in memory: (n - k + 1,) for k tokens of eight bytes."""
-    count = len(tokens) - 8 // tokens.itemsize + 1
-    # As eight opaque bytes and not as a number, which NumPy gathers at half the speed where it is not aligned.
-    return np.ndarray((count,), dtype="V8", buffer=tokens.view(np.uint8).data, strides=(tokens.itemsize,))
