@@ -41,8 +41,6 @@ WHY = {
     ("model", "training PEER, a million experts / our 65 k"): "as many picks hit more different rows of a million than "
     "of 65 k, and memory is what a step waits for",
     ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are several",
-    ("store", "adding documents"): "where the model's products take half the time, what an add does besides is more "
-    "of it: codes, search structures, checksums, syncing",
     (
         "reference",
         "c / d",
