@@ -78,9 +78,10 @@ class Store(Snapshot):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path} is not empty; choose another directory")
         control = control or ControlPlane.unfitted(model.key_spec.dimension)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(os.path.realpath(path))  # a link stays one, to the store
+        place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
+            dir=place.parent, prefix=f".{place.name}.", ignore_cleanup_errors=True
         ) as staging:
             root = Path(staging) / "store"
             for directory in (root, *(root / name for name in ("control", "shards", "search", "receipts"))):
@@ -90,8 +91,8 @@ class Store(Snapshot):
             write_file(root / "tokenizer.json", tokenizer)
             search = {"block_tokens": BLOCK_TOKENS, "block_stride": BLOCK_STRIDE}
             Manifest({**model.describe(), "search": search}, control_hash, sha256(tokenizer)).write(root / "store.json")
-            root.rename(path)
-            sync_directory(path.parent)
+            root.rename(place)
+            sync_directory(place.parent)
         return cls.open(path)
 
     def add(

@@ -282,6 +282,20 @@ def test_grouping_changes_no_answer(make_store, mixed, answers, fresh_answers, m
         assert answers(store) == expected
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_becomes_a_link_to_the_store(model, model_dir, control, tmp_path, there):
+    """A store is made where a link says: in an empty directory, or in one that is not there yet."""
+    link, place = tmp_path / "link", tmp_path / "disk" / "place"
+    if there:
+        place.mkdir(parents=True)
+    link.symlink_to(place)
+    Store.create(link, model, model_dir / "tokenizer.json", control).verify()
+    assert link.is_symlink()
+    assert [path.name for path in place.parent.iterdir()] == ["place"]
+    with pytest.raises(UsageError, match="link is not empty"):
+        Store.create(link, model, model_dir / "tokenizer.json", control)
+
+
 def test_groups_are_checked_when_opened_if_all_together_are_small(make_store, mixed, monkeypatch):
     """Of a store whose groups are small and many no file is read when it is opened, so that it opens at once; of one
     that is small as a whole every one is."""
