@@ -19,8 +19,8 @@ def compiled(function: Function, **options: Any) -> Function:
     """A function that holds no lock while it runs. Every operation rounds by itself, unless ``options`` say other.
 
     It may be given arrays and numbers, no tuples: code that is kept has the places of a tuple's fields in it, and is
-    not made anew when the file that names them puts them in another order. For the same reason it calls only those of
-    its own file.
+    not made anew when the file that names them puts them in another order. For the same reason it calls functions and
+    reads constants of its own file only.
     """
     try:
         made: Function = numba.njit(nogil=True, cache=True, **options)(function)

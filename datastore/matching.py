@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 from datastore.compiling import compiled
-from datastore.suffix_arrays import LONG
 
 
 @compiled
@@ -39,8 +38,8 @@ def _length(place: int, needed: int, rows: np.ndarray, lengths: np.ndarray, begi
 
     No suffix goes beyond the tokens, whatever damaged files say: nobody looks while they are read.
     """
-    held, row = np.int64(lengths[place]), np.int64(rows[place])
-    if held >= LONG and needed > LONG:
+    held, row, long = np.int64(lengths[place]), np.int64(rows[place]), np.iinfo(lengths.dtype).max
+    if held >= long and needed > long:
         held = begins[min(int(np.searchsorted(begins, row, side="right")), len(begins) - 1)] - row
     return min(held, begins[-1] - row)
 

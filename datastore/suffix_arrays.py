@@ -21,8 +21,8 @@ from datastore.shard import Shard
 from silo.files import write_array
 
 FILES = ("rows.npy", "lengths.npy")
-LONG = 255
-"""Lengths from here on are stored as this one, and looked up where it matters."""
+LONG = np.iinfo(np.uint8).max
+"""Lengths from here on are stored as this one, the largest of their type, and looked up where it matters."""
 _MARK = 3
 """Units of the sorted text that stand for the end of a document: a zero, and the document's number."""
 
