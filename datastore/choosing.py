@@ -58,33 +58,66 @@ def whole_squares(weights: np.ndarray, codes: np.ndarray, into: np.ndarray) -> N
 
 
 @compiled
-def nearest_centroids(products: np.ndarray, squares: np.ndarray, into: np.ndarray, apart: np.ndarray) -> None:
-    """Write the few nearest of n centroids to each of m keys, nearest first.
+def nearest_centroids(
+    products: np.ndarray,
+    squares: np.ndarray,
+    rounding: np.ndarray,
+    keys: np.ndarray,
+    centroids: np.ndarray,
+    squared: float,
+    into: np.ndarray,
+) -> None:
+    """Write which few of n centroids are nearest to each of m keys, in any order; of equally near ones the first.
+
+    Where rounding might have changed which they are, those that it might be are measured once more, in float64 and
+    term by term, which gives the same on every processor.
 
     Args:
         products: (m, n) float32, of the keys with the centroids.
         squares: (n,) float32, what is added to −2 times a product.
-        into: (m, few) int64, filled with numbers of centroids.
-        apart: (m,) float32, by how much the next centroid is farther than the last of them.
+        rounding: (m,) float64, by how much two distances of a key may seem to differ otherwise than they do.
+        keys: (m, dimension) float32.
+        centroids: (n, dimension) float32.
+        squared: how many times ``squares`` has the centroids' squares: 1 for L2, 0 for an inner product.
+        into: (m, few) int64, fewer than n. Of a key whose distances are no numbers, the first few.
     """
     few = into.shape[1]
-    near = np.empty(few + 1, dtype=np.float32)
+    near, numbers = np.empty(few + 1), np.empty(few + 1, dtype=np.int64)
     for key in range(len(into)):
         near[:] = np.inf
         for centroid in range(len(squares)):
             distance = squares[centroid] - np.float32(2) * products[key, centroid]
-            at = few
-            if not distance < near[at]:
-                continue
-            while at and distance < near[at - 1]:
-                near[at] = near[at - 1]
-                if at < few:
-                    into[key, at] = into[key, at - 1]
-                at -= 1
-            near[at] = distance
-            if at < few:
-                into[key, at] = centroid
-        apart[key] = near[few] - near[few - 1]
+            if distance < near[few]:
+                _keep(distance, centroid, near, numbers)
+        if near[few] - near[few - 1] <= rounding[key]:
+            limit = near[few - 1] + rounding[key]
+            near[:] = np.inf
+            for centroid in range(len(squares)):
+                if squares[centroid] - np.float32(2) * products[key, centroid] <= limit:
+                    _keep(_measured(keys[key], centroids[centroid], squared), centroid, near, numbers)
+        for at in range(few):
+            into[key, at] = numbers[at] if np.isfinite(near[few - 1]) else at
+
+
+@compiled
+def _keep(distance: float, number: int, near: np.ndarray, numbers: np.ndarray) -> None:
+    """Put a distance where it belongs among the nearest so far (few,), which are in order, if it is one of them."""
+    at = len(near) - 1
+    if not distance < near[at]:
+        return
+    while at and distance < near[at - 1]:
+        near[at], numbers[at] = near[at - 1], numbers[at - 1]
+        at -= 1
+    near[at], numbers[at] = distance, number
+
+
+@compiled
+def _measured(key: np.ndarray, centroid: np.ndarray, squared: float) -> float:
+    """The distance, less the key's own square."""
+    total = 0.0
+    for at in range(len(key)):
+        total += np.float64(centroid[at]) * (squared * np.float64(centroid[at]) - 2.0 * np.float64(key[at]))
+    return total
 
 
 @compiled

@@ -90,10 +90,9 @@ class ControlPlane:
     def nearest(self, keys: np.ndarray, count: int, metric: Metric = "l2") -> np.ndarray:
         """The ``count`` lists (n, count) whose centroids are nearest to each key (n, dimension), in any order.
 
-        A product of matrices is quick, but the last bits of its sums depend on the keys that share it. So where the
-        next centroid is within what rounding may do (for a product of n terms at most n units in the last place, Higham
-        2002, equation 3.5; here twice that for each of both), the key is looked up once more by FAISS in a way in which
-        each has its own sums.
+        A product of matrices is quick, but the last bits of its sums depend on the keys that share it. So what the next
+        centroid is nearer than only within what rounding may do is measured once more (for a product of n terms that
+        is at most n units in the last place, Higham 2002, equation 3.5; here twice that for each of two distances).
         """
         count = min(count, len(self.centroids))
         lists = np.tile(np.arange(count), (len(keys), 1))
@@ -103,26 +102,16 @@ class ControlPlane:
 
         from datastore.choosing import nearest_centroids  # which needs numba
 
-        keys, apart = np.ascontiguousarray(keys), np.empty(len(keys), dtype=np.float32)
-        centroids = torch.from_numpy(self.centroids).T
-        squares = self._squares if metric == "l2" else np.zeros_like(self._squares)
+        keys, centroids = np.ascontiguousarray(keys), torch.from_numpy(self.centroids).T
+        squared = 1.0 if metric == "l2" else 0.0
+        squares = np.float32(squared) * self._squares
+        reach = (np.sqrt((keys.astype(np.float64) ** 2).sum(axis=1)) + np.sqrt(self._squares.max())) ** 2
+        rounding = 4 * self.dimension * 2.0**-24 * reach
         for begin in range(0, len(keys), KEYS_AT_ONCE):
             at = slice(begin, begin + KEYS_AT_ONCE)
-            products = torch.from_numpy(keys[at]) @ centroids
-            nearest_centroids(products.numpy(), squares, lists[at], apart[at])
-        reach = (np.sqrt((keys.astype(np.float64) ** 2).sum(axis=1)) + np.sqrt(self._squares.max())) ** 2
-        close = np.flatnonzero(apart <= 4 * self.dimension * 2.0**-24 * reach)
-        for start in range(0, len(close), BATCH_BELOW_BLAS):
-            chosen = close[start : start + BATCH_BELOW_BLAS]
-            lists[chosen] = self._coarse[metric].search(keys[chosen], count)[1]
+            products = (torch.from_numpy(keys[at]) @ centroids).numpy()
+            nearest_centroids(products, squares, rounding[at], keys[at], self.centroids, squared, lists[at])
         return lists
-
-    @cached_property
-    def _coarse(self) -> dict[Metric, faiss.IndexFlat]:
-        """The centroids by what is near."""
-        by_product = faiss.IndexFlatIP(self.dimension)
-        by_product.add(self.centroids)
-        return {"l2": self.coarse_index(), "inner_product": by_product}
 
     @cached_property
     def _squares(self) -> np.ndarray:
@@ -161,8 +150,6 @@ class ControlPlane:
 
 KEYS_AT_ONCE = 512
 """Keys that are multiplied with all centroids at a time, so that the products stay in the processor's cache."""
-BATCH_BELOW_BLAS = 16
-"""FAISS searches so few queries without a matrix product: its threshold was 20, and is 128,000 coordinates in 1.15."""
 
 
 def fit_control_plane(

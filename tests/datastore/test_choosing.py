@@ -56,18 +56,29 @@ def test_ascending(kind, count):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("few", [1, 4])
-def test_nearest_centroids(kind, few):
-    """The few nearest of each key in order, those of lower numbers first, and how far the next is beyond the last."""
+@pytest.mark.parametrize("squared", [0.0, 1.0])
+def test_nearest_centroids(kind, few, squared):
+    """The few nearest of each key, as whole numbers say, whatever rounding did to the products."""
     rng = np.random.default_rng(3)
-    products = values_of(rng, kind, 40 * 9).reshape(9, 40)
-    squares = np.abs(rng.normal(size=40)).astype(np.float32)
-    into, apart = np.zeros((9, few), dtype=np.int64), np.empty(9, dtype=np.float32)
-    nearest_centroids(products, squares, into, apart)
-    distances = squares - np.float32(2) * products
-    order = np.argsort(distances, axis=1, kind="stable")
-    np.testing.assert_array_equal(into, order[:, :few])
-    ordered = np.take_along_axis(distances, order, axis=1)
-    np.testing.assert_array_equal(apart, ordered[:, few] - ordered[:, few - 1])
+    keys, centroids = (rng.integers(-9, 10, size=(size, 12)).astype(np.float32) for size in (60, 40))
+    centroids[20:] = centroids[:20]  # equally near: the first counts
+    products, squares = keys @ centroids.T, np.float32(squared) * (centroids**2).sum(axis=1)
+    distances = squares - 2 * products
+    # Noise that a bound says could be there, of any size that it could have.
+    noise = np.clip(values_of(rng, kind, products.size).reshape(products.shape), -1, 1) * 40
+    into, rounding = np.full((60, few), 99), np.full(60, 4 * 40.0)
+    nearest_centroids((products + noise).astype(np.float32), squares, rounding, keys, centroids, squared, into)
+    nearest_few = np.argsort(distances, axis=1, kind="stable")[:, :few]
+    np.testing.assert_array_equal(np.sort(into, axis=1), np.sort(nearest_few, axis=1))
+
+
+def test_centroids_are_measured_again_within_rounding_only():
+    """Products that are beyond doubt are believed; and a key whose distances are no numbers has the first centroids."""
+    keys, centroids = np.float32([[1], [1], [1], [1]]), np.float32([[1], [3], [2], [0]])
+    products = np.float32([[1, 2, 3, 0], [2.4, 2.5, 2, 0], [np.nan, 1, np.nan, np.nan], [1, np.inf, np.inf, 2]])
+    into = np.full((4, 2), 99)
+    nearest_centroids(products, np.zeros(4, np.float32), np.full(4, 0.9), keys, centroids, 0.0, into)
+    assert into.tolist() == [[2, 1], [1, 2], [0, 1], [0, 1]]
 
 
 def test_look_up():
