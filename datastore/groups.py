@@ -13,6 +13,7 @@ each removal. Which shards share a group changes no result: scores use the stati
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,20 @@ def build_group(
 
     for name in PARTS:
         (directory / name).mkdir()
-    write_keys(directory / "keys", shards, lists=lists, first_row=first_row)
-    build_index(directory / "blocks", cut_blocks(shards, tokenizer))
-    write_sketches(directory / "sketches", (each.text(tokenizer) for shard in shards for each in shard.documents()))
-    write_suffixes(directory / "suffixes", shards)
+    with ThreadPoolExecutor(1) as beside:  # what it writes waits for the disk, and Lucene's calls hold no lock
+        arrays = beside.submit(_write_arrays, directory, shards, tokenizer, lists=lists, first_row=first_row)
+        build_index(directory / "blocks", cut_blocks(shards, tokenizer))
+        arrays.result()
     _seal(directory, entries)
+
+
+def _write_arrays(
+    directory: Path, shards: Sequence[Shard], tokenizer: Tokenizer, *, lists: int, first_row: int
+) -> None:
+    """Write all but Lucene's part."""
+    write_keys(directory / "keys", shards, lists=lists, first_row=first_row)
+    write_suffixes(directory / "suffixes", shards)
+    write_sketches(directory / "sketches", (each.text(tokenizer) for shard in shards for each in shard.documents()))
 
 
 def _seal(directory: Path, entries: Sequence[ShardEntry]) -> None:
