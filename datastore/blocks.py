@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from datastore.bm25 import K1, B, BM25Searcher, MemoryIndex
 from datastore.bm25 import Block as IndexedBlock
 from datastore.keys import KeyGroup, id_hash
-from datastore.shard import Shard
+from datastore.shard import DocumentRow, Shard
 from silo.errors import IntegrityError, UsageError
 from silo.retrieval import Block
 
@@ -47,6 +47,11 @@ def selected_blocks(group: KeyGroup, selected: np.ndarray, tokenizer: Tokenizer)
             yield from _cut(group.document(number).id, tokens, tokenizer)
 
     return MemoryIndex(blocks)
+
+
+def block_keys(documents: Iterable[DocumentRow]) -> Iterator[str]:
+    """The names of all blocks of some documents."""
+    return (block_key(row.id, start) for row in documents for start in block_starts(row.end - row.begin))
 
 
 def block_key(document_id: str, start: int) -> str:

@@ -10,6 +10,7 @@ is written.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -46,7 +47,24 @@ def build_index(directory: Path, blocks: Iterable[Block]) -> None:
         StoreError: Lucene cannot write, for example because the disk is full. What it wrote so far is not an index.
     """
     with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
-        _write(files, blocks)
+        _write(files, lambda writer: _add_blocks(writer, blocks))
+
+
+def cut_index(directory: Path, whole: Path, gone: Iterable[str]) -> None:
+    """Index into an empty directory the blocks of another index without those of some keys.
+
+    Lucene merges what stays into a new segment; its content is that of an index to which the others were never given.
+    Raises :class:`StoreError` as :func:`build_index` does.
+    """
+    for file in whole.iterdir():
+        shutil.copyfile(file, directory / file.name)
+
+    def delete(writer: Any) -> None:
+        keys = [_lucene("util.BytesRef")(_key_bytes(key)) for key in gone]
+        writer.deleteDocuments(_lucene("document.SortedDocValuesField").newSlowSetQuery(_KEY, *keys))
+
+    with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
+        _write(files, delete, mode="APPEND")
 
 
 class MemoryIndex:
@@ -62,15 +80,15 @@ class MemoryIndex:
         """The directory as Lucene sees it, built anew; to be closed by the caller."""
         with java_errors("cannot index blocks in memory"):
             files = _lucene("store.ByteBuffersDirectory")()
-            _write(files, self._blocks())
+            _write(files, lambda writer: _add_blocks(writer, self._blocks()))
             return files
 
 
-def _write(files: Any, blocks: Iterable[Block]) -> None:
-    """Make a Lucene directory the index of some blocks, in one segment."""
-    writer = _lucene("index.IndexWriter")(files, _writer_config())
+def _write(files: Any, change: Callable[[Any], None], *, mode: str = "CREATE") -> None:
+    """Change the index in a Lucene directory, or make a new one, and leave it in one segment without deleted blocks."""
+    writer = _lucene("index.IndexWriter")(files, _writer_config(mode))
     try:
-        _add_blocks(writer, blocks)
+        change(writer)
         writer.forceMerge(1)
         writer.close()
     except BaseException:
@@ -198,13 +216,14 @@ def _words_and_counts() -> Any:
     return kind
 
 
-def _writer_config() -> Any:
-    """Settings under which writing is one thread's work, so that an error reaches the caller and order is kept."""
+def _writer_config(mode: str) -> Any:
+    """Settings under which writing is one thread's work, so that an error reaches the caller, and blocks stay in the
+    order in which they came, also where there are so many that they are written in several parts."""
     config = _lucene("index.IndexWriterConfig")(_analyzer())
-    config.setOpenMode(java_class(f"{_LUCENE}index.IndexWriterConfig$OpenMode").CREATE)
+    config.setOpenMode(getattr(java_class(f"{_LUCENE}index.IndexWriterConfig$OpenMode"), mode))
     config.setMergeScheduler(_lucene("index.SerialMergeScheduler")())
     config.setUseCompoundFile(False)  # which would hide ids and checksums from index_content()
-    merging = _lucene("index.TieredMergePolicy")()
+    merging = _lucene("index.LogDocMergePolicy")()
     merging.setNoCFSRatio(0.0)
     config.setMergePolicy(merging)
     return config

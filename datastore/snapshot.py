@@ -22,7 +22,8 @@ from datastore import shard as shards_on_disk
 from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
-from datastore.groups import group_array, verify_group
+from datastore.cutting import Whole
+from datastore.groups import group_array, is_sound, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.selection import Selection
@@ -117,6 +118,22 @@ class Snapshot:
         shards = [(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries]
         # They are read when the store, and this very object, may be in another state.
         return DocumentRows(shards, Snapshot(self.path, self.manifest)._as_opened)
+
+    def _group_around(self, names: Sequence[str], shards: Sequence[Shard]) -> Whole | None:
+        """The group that has all documents of some shards, in whatever state these are, if there is one and it is not
+        damaged."""
+        wanted = {
+            (name, row.id, row.content_hash) for name, shard in zip(names, shards, strict=True) for row in shard.rows
+        }
+        for group in self.manifest.groups:
+            directory = self.path / "search" / group.directory
+            entries = [self.manifest.shards[name] for name in group.shards]
+            if set(names) <= set(group.shards) and is_sound(directory, entries):
+                rows = [(name, row) for name in group.shards for row in self._rows(name)]
+                kept = np.asarray([(name, row.id, row.content_hash) in wanted for name, row in rows], dtype=bool)
+                if kept.sum() == len(wanted):
+                    return Whole(directory, [row for _, row in rows], kept)
+        return None
 
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index over all live shards, mapped from disk; ``probes`` and ``metric`` are as in

@@ -410,11 +410,12 @@ class Store(Snapshot):
     ) -> Group:
         """Build the search structure of some shards; those at hand need not be read again."""
         shards = [entries[name] for name in names]
-        read = (at_hand.get(name) or self._read_shard(entries[name]) for name in names)
+        read = [at_hand.get(name) or self._read_shard(entries[name]) for name in names]
+        whole = self._group_around(names, read)  # which a removal can cut it out of
         first_row = first_free_row(beside, entries, sum(entry.tokens for entry in shards))
         with self._staging("search") as directory:
             lists = len(self.control.centroids)
-            build_group(directory, list(read), shards, self.tokenizer, lists=lists, first_row=first_row)
+            build_group(directory, read, shards, self.tokenizer, lists=lists, first_row=first_row, whole=whole)
             content = sha256(canonical_json([entry.hash for entry in shards]))[:16]
             final = f"{content}-{self.manifest.sequence + 1}"
             self._publish(directory, self.path / "search" / final)

@@ -54,9 +54,8 @@ def suffix_arrays(tokens: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, n
 def _sorted_rows(tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """Where each suffix begins, in the order of the suffixes."""
     rows = len(tokens)
-    counted = np.uint32 if rows <= 1 << 32 else np.int64
     if not rows:
-        return np.zeros(0, dtype=counted)
+        return np.zeros(0, dtype=row_type(0))
     tokens = tokens.astype(np.int64)
     if tokens.max() >= 0xFFFF:  # The library sorts bytes: most groups use few enough tokens of a large vocabulary.
         tokens = np.unique(tokens, return_inverse=True)[1]
@@ -73,4 +72,9 @@ def _sorted_rows(tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
     order = divsufsort(text.view(np.uint8))
     size = text.itemsize
     found = row_at[order[order & (size - 1) == 0] // size]
-    return found[found >= 0].astype(counted)
+    return found[found >= 0].astype(row_type(rows))
+
+
+def row_type(rows: int) -> type:
+    """What counts so many rows."""
+    return np.uint32 if rows <= 1 << 32 else np.int64

@@ -1,0 +1,130 @@
+"""Search structures that are cut out of larger ones, beside such as are built."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from datastore import bm25, groups
+from datastore.bm25 import Block, build_index, cut_index, index_content
+from datastore.selection import Selection
+from datastore.store import Store
+from datastore.verification import verify_derived
+
+REMOVALS = {
+    "a document": ("Ada/1",),
+    "a document of each": ("Ada/0", "Grace/3", "Mary/2"),
+    "an owner": ("Grace/0", "Grace/1", "Grace/2", "Grace/3"),
+    "all but one document": tuple(f"{owner}/{at}" for owner in ("Ada", "Grace", "Mary") for at in range(4))[1:],
+}
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The directories that Lucene's part was built anew in."""
+    directories, real = [], bm25.build_index
+
+    def build_index(directory, blocks):
+        directories.append(directory)
+        real(directory, blocks)
+
+    monkeypatch.setattr(bm25, "build_index", build_index)
+    return directories
+
+
+def content(store):
+    """What the store's one search structure holds."""
+    (group,) = (store.path / "search").iterdir()
+    arrays = {path: path.read_bytes() for part in ("keys", "sketches", "suffixes") for path in (group / part).iterdir()}
+    return {path.relative_to(group): data for path, data in arrays.items()} | index_content(group / "blocks")
+
+
+@pytest.mark.parametrize("ids", REMOVALS.values(), ids=REMOVALS)
+def test_what_is_cut_is_what_would_be_built(make_store, documents, model, ids, built):
+    """Without some documents all files are those of a store that never had them, and none of Lucene's old ones stay."""
+    store = make_store("store", documents)
+    built.clear()
+    store.remove(Selection(documents=ids))
+    assert not built
+    assert content(store) == content(make_store("fresh", [each for each in documents if each.id not in ids]))
+    (group,) = (store.path / "search").iterdir()
+    assert {path.name.split(".")[0].split("_Lucene")[0] for path in (group / "blocks").iterdir()} == {"_1", "segments_2"}
+    store.verify()
+    assert verify_derived(store) == 1
+
+
+def test_documents_without_words_or_keys_are_cut(make_store, documents, model):
+    """So are documents without words, that are alike, or have no keys; beside such that stay."""
+    odd = [replace(documents[at], id=f"{at}", text=text) for at, text in enumerate(("!", "!", "a", "b " * 500))]
+    for number, keyed in enumerate((True, False)):
+        store = make_store(f"store{number}", documents[:3])
+        store.add(odd, model, keyed=keyed)
+        store.remove(Selection(documents=("0", "2", documents[1].id)))
+        fresh = make_store(f"fresh{number}", [documents[0], documents[2]])
+        fresh.add([odd[1], odd[3]], model, keyed=keyed)
+        assert content(store) == content(fresh)
+        assert verify_derived(store) == 1
+
+
+@pytest.mark.parametrize("part", ["blocks", "sketches", "suffixes"])
+@pytest.mark.parametrize("how", ["changed", "missing", "of other shards"])
+def test_nothing_is_cut_out_of_what_is_damaged(make_store, documents, built, part, how):
+    """A search structure that is not what was built is built anew, as if the removal had found none."""
+    store = make_store("store", documents)
+    (group,) = (store.path / "search").iterdir()
+    file = max((group / part).iterdir(), key=lambda path: path.stat().st_size)
+    if how == "of other shards":
+        (other,) = (make_store("other", documents[:5]).path / "search").iterdir()
+        shutil.rmtree(group)
+        shutil.copytree(other, group)
+    elif how == "missing":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    built.clear()
+    store.remove(Selection(documents=("Ada/0",)))
+    assert len(built) == 1
+    assert content(store) == content(make_store("fresh", [each for each in documents if each.id != "Ada/0"]))
+    store.verify()
+
+
+def test_an_add_is_built(make_store, documents, model, built):
+    """What a change brings in is nowhere to be cut out of, also if it has the id of what was there."""
+    store = make_store("store", documents[:6])
+    built.clear()
+    store.add(documents[6:7], model)
+    assert len(built) == 1
+    store.remove(Selection(documents=(documents[6].id,)))
+    store.add([replace(documents[6], text=documents[7].text)], model)
+    assert len(built) == 2
+    assert verify_derived(store) == 1
+
+
+def test_indexes_of_several_parts_are_cut_to_the_same(monkeypatch, tmp_path):
+    """However many parts Lucene wrote an index in, blocks stay in their order, with those that go and without."""
+    real = bm25._writer_config
+
+    def small_parts(mode):
+        config = real(mode)
+        config.setMaxBufferedDocs(int(rng.integers(2, 60)))
+        return config
+
+    rng = np.random.default_rng(0)
+    blocks = [Block(f"{at // 7}\0{at:09d}", " ".join(map(str, rng.integers(0, 300, 40)))) for at in range(500)]
+    gone = {block.key for block in blocks if rng.random() < 0.3}
+    (tmp_path / "at once").mkdir()
+    build_index(tmp_path / "at once", [block for block in blocks if block.key not in gone])
+    expected = index_content(tmp_path / "at once")
+    monkeypatch.setattr(bm25, "_writer_config", small_parts)
+    for number in range(4):
+        for name in ("whole", "cut", "built"):
+            (tmp_path / f"{name}{number}").mkdir()
+        build_index(tmp_path / f"whole{number}", blocks)
+        cut_index(tmp_path / f"cut{number}", tmp_path / f"whole{number}", gone)
+        build_index(tmp_path / f"built{number}", [block for block in blocks if block.key not in gone])
+        assert index_content(tmp_path / f"cut{number}") == expected
+        assert index_content(tmp_path / f"built{number}") == expected
+
