@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from datastore.bm25 import K1, B, BM25Searcher, MemoryIndex
+from datastore.bm25 import K1, B, BM25Searcher, CutIndex
 from datastore.bm25 import Block as IndexedBlock
 from datastore.keys import KeyGroup, id_hash
 from datastore.shard import DocumentRow, Shard
@@ -29,24 +29,17 @@ def cut_blocks(shards: Iterable[Shard], tokenizer: Tokenizer) -> Iterator[Indexe
     """The blocks of some shards, each within one document, with keys that sort by (document id, start)."""
     for shard in shards:
         for encoded in shard.documents():
-            yield from _cut(encoded.document.id, encoded.tokens, tokenizer)
+            for start in block_starts(len(encoded.tokens)):
+                tokens = encoded.tokens[start : start + BLOCK_TOKENS].tolist()
+                text = tokenizer.decode(tokens, skip_special_tokens=False)
+                yield IndexedBlock(block_key(encoded.document.id, start), text)
 
 
-def _cut(document_id: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[IndexedBlock]:
-    for start in block_starts(len(tokens)):
-        text = tokenizer.decode(tokens[start : start + BLOCK_TOKENS].tolist(), skip_special_tokens=False)
-        yield IndexedBlock(block_key(document_id, start), text)
-
-
-def selected_blocks(group: KeyGroup, selected: np.ndarray, tokenizer: Tokenizer) -> MemoryIndex:
+def selected_blocks(index: Path, group: KeyGroup, selected: np.ndarray) -> CutIndex:
     """An index of the blocks of some of a group's documents, (documents,) bool, as if it had no others."""
-
-    def blocks() -> Iterator[IndexedBlock]:
-        for number in np.flatnonzero(selected).tolist():
-            tokens = group.tokens[group.begins[number] : group.begins[number + 1]]
-            yield from _cut(group.document(number).id, tokens, tokenizer)
-
-    return MemoryIndex(blocks)
+    fewer = bool(group.lengths[selected].sum() < group.lengths[~selected].sum())
+    named = np.flatnonzero(selected == fewer).tolist()
+    return CutIndex(index, lambda: block_keys(group.document(number) for number in named), stay=fewer)
 
 
 def block_keys(documents: Iterable[DocumentRow]) -> Iterator[str]:
@@ -63,7 +56,7 @@ class BlockIndex:
     """BM25 over the blocks of some groups."""
 
     def __init__(
-        self, indexes: Sequence[Path | MemoryIndex], groups: Sequence[KeyGroup], *, k1: float = K1, b: float = B
+        self, indexes: Sequence[Path | CutIndex], groups: Sequence[KeyGroup], *, k1: float = K1, b: float = B
     ) -> None:
         """``indexes`` are those of the blocks of each of ``groups``, which have the tokens; of ``k1`` and ``b`` see
         :class:`datastore.bm25.BM25Searcher`."""

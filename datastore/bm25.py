@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -58,30 +59,45 @@ def cut_index(directory: Path, whole: Path, gone: Iterable[str]) -> None:
     """
     for file in whole.iterdir():
         shutil.copyfile(file, directory / file.name)
-
-    def delete(writer: Any) -> None:
-        keys = [_lucene("util.BytesRef")(_key_bytes(key)) for key in gone]
-        writer.deleteDocuments(_lucene("document.SortedDocValuesField").newSlowSetQuery(_KEY, *keys))
-
     with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
-        _write(files, delete, mode="APPEND")
+        _write(files, lambda writer: writer.deleteDocuments(_with_keys(gone)), mode="APPEND")
 
 
-class MemoryIndex:
-    """The index of some blocks in memory, for a view of documents that share a group with others.
+@dataclass(frozen=True)
+class CutIndex:
+    """Some of an index's blocks as an index of their own, in memory; it is made when it is first searched."""
 
-    It is built when it is first searched. Raises :class:`DataError` as :func:`build_index` does.
-    """
-
-    def __init__(self, blocks: Callable[[], Iterable[Block]]) -> None:
-        self._blocks = blocks
+    whole: Path
+    """The directory of the index."""
+    keys: Callable[[], Iterable[str]]
+    """Of blocks that stay, or that do not."""
+    stay: bool
+    """Which of both."""
 
     def open(self) -> Any:
-        """The directory as Lucene sees it, built anew; to be closed by the caller."""
-        with java_errors("cannot index blocks in memory"):
+        """The directory as Lucene sees it, made anew; to be closed by the caller."""
+        with java_errors(f"cannot index some blocks of {self.whole}"), _open_directory(self.whole) as source:
             files = _lucene("store.ByteBuffersDirectory")()
-            _write(files, lambda writer: _add_blocks(writer, self._blocks()))
+            for name in source.listAll():
+                files.copyFrom(source, name, name, _lucene("store.IOContext").DEFAULT)
+            found = _with_keys(self.keys())
+            _write(files, lambda writer: writer.deleteDocuments(_all_but(found) if self.stay else found), mode="APPEND")
             return files
+
+
+def _with_keys(keys: Iterable[str]) -> Any:
+    """A query that finds the blocks of some keys."""
+    wanted = [_lucene("util.BytesRef")(_key_bytes(key)) for key in keys]
+    return _lucene("document.SortedDocValuesField").newSlowSetQuery(_KEY, *wanted)
+
+
+def _all_but(query: Any) -> Any:
+    """A query that finds what another one does not."""
+    occur = _lucene("search.BooleanClause$Occur")
+    both = _lucene("search.BooleanQuery$Builder")()
+    both.add(_lucene("search.MatchAllDocsQuery")(), occur.MUST)
+    both.add(query, occur.MUST_NOT)
+    return both.build()
 
 
 def _write(files: Any, change: Callable[[Any], None], *, mode: str = "CREATE") -> None:
@@ -135,7 +151,7 @@ class BM25Searcher:
         UsageError: ``k1`` is negative or no number, or ``b`` is not from 0 to 1.
     """
 
-    def __init__(self, indexes: Sequence[Path | MemoryIndex], *, k1: float = K1, b: float = B) -> None:
+    def __init__(self, indexes: Sequence[Path | CutIndex], *, k1: float = K1, b: float = B) -> None:
         if not (0 <= k1 < float("inf") and 0 <= b <= 1):  # nan compares false
             raise UsageError(f"BM25 with k1 = {k1} and b = {b}; expected k1 from 0, and b from 0 to 1")
         with java_errors("cannot search with BM25"):
@@ -241,7 +257,7 @@ def _score_then_key() -> Any:
     return _lucene("search.Sort")(field.FIELD_SCORE, by_key)
 
 
-def _open_readers(indexes: Sequence[Path | MemoryIndex]) -> Any:
+def _open_readers(indexes: Sequence[Path | CutIndex]) -> Any:
     """One reader over all indexes; closing it closes theirs. None stays open if one cannot be opened."""
     with contextlib.ExitStack() as on_failure:
         readers = []

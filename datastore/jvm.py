@@ -30,7 +30,7 @@ _OPTIONS = (
     "-Xlog:disable",
     "-Xlog:all=warning:stderr",
     "--enable-native-access=ALL-UNNAMED",
-    # Or an index would show in how many parts it was written, and one that was cut could differ from one that was built.
+    # Or an index would show in how many parts it was written, and one that was cut differ from one that was built.
     "-Dorg.apache.lucene.codecs.lucene90.compressing.Lucene90CompressingStoredFieldsWriter.enableBulkMerge=false",
 )
 _QUIET_FROM_JAVA_23 = "--sun-misc-unsafe-memory-access=allow"  # Lucene 9 unmaps its files so; older runtimes lack it

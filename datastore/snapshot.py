@@ -167,7 +167,7 @@ class Snapshot:
                     np.concatenate([allowed(name) & ~denied(name) for name in group.shards])
                     for group in self.manifest.groups
                 ]
-            return View(list(zip(directories, keys, strict=True)), masks, self.control, lambda: self.tokenizer)
+            return View(list(zip(directories, keys, strict=True)), masks, self.control)
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreError` unless the store's keys are those of this model, made as it makes them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,6 @@ from silo.errors import StoreError
 from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from datastore.control import ControlPlane
     from datastore.knn import NeighbourIndex
     from datastore.ngrams import NgramIndex
@@ -30,8 +28,8 @@ class View:
     """What some documents answer: the same as a store that holds only these, bit for bit.
 
     Making one costs next to nothing. Neighbours and n-grams are masked where they lie. BM25 counts in how many blocks a
-    word stands, so a group of which only a part is selected is indexed anew in memory when it is first asked (about a
-    second for two million tokens); groups that are selected as a whole are read from disk.
+    word stands, so of a group of which only a part is selected this part is cut out, in memory, when it is first asked
+    (about a second for four million tokens); groups that are selected as a whole are read from disk.
     """
 
     def __init__(
@@ -39,7 +37,6 @@ class View:
         groups: Sequence[tuple[Path, KeyGroup]],
         selected: Sequence[np.ndarray | None],
         control: ControlPlane,
-        tokenizer: Callable[[], Tokenizer],
     ) -> None:
         """Look at a part of some groups.
 
@@ -47,14 +44,12 @@ class View:
             groups: their directories and keys.
             selected: for each, which documents count, (documents,) bool; None for all.
             control: the store's.
-            tokenizer: gives the store's, where blocks have to be indexed.
         """
         narrowed = [None if mask is None or mask.all() else mask for mask in selected]
         there = [number for number, mask in enumerate(narrowed) if mask is None or mask.any()]
         self._groups = [groups[number] for number in there]
         self._selected = [narrowed[number] for number in there]
         self._control = control
-        self._tokenizer = tokenizer
 
     @property
     def num_documents(self) -> int:
@@ -80,7 +75,7 @@ class View:
         """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
         self._require_files()
         indexes = [
-            directory / "blocks" if mask is None else selected_blocks(keys, mask, self._tokenizer())
+            directory / "blocks" if mask is None else selected_blocks(directory / "blocks", keys, mask)
             for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
         ]
         return BlockIndex(indexes, [keys for _, keys in self._groups], k1=k1, b=b)

@@ -1,7 +1,7 @@
 """Crashes: a store is what it was before a change or what it is after, wherever the change is cut off (law 6)."""
 
-import builtins
 import ast
+import builtins
 import contextlib
 import errno
 import json

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from datastore import bm25, groups
+from datastore import bm25
 from datastore.bm25 import Block, build_index, cut_index, index_content
 from datastore.selection import Selection
-from datastore.store import Store
 from datastore.verification import verify_derived
 
 REMOVALS = {
@@ -49,7 +48,10 @@ def test_what_is_cut_is_what_would_be_built(make_store, documents, model, ids, b
     assert not built
     assert content(store) == content(make_store("fresh", [each for each in documents if each.id not in ids]))
     (group,) = (store.path / "search").iterdir()
-    assert {path.name.split(".")[0].split("_Lucene")[0] for path in (group / "blocks").iterdir()} == {"_1", "segments_2"}
+    assert {path.name.split(".")[0].split("_Lucene")[0] for path in (group / "blocks").iterdir()} == {
+        "_1",
+        "segments_2",
+    }
     store.verify()
     assert verify_derived(store) == 1
 
@@ -127,4 +129,3 @@ def test_indexes_of_several_parts_are_cut_to_the_same(monkeypatch, tmp_path):
         build_index(tmp_path / f"built{number}", [block for block in blocks if block.key not in gone])
         assert index_content(tmp_path / f"cut{number}") == expected
         assert index_content(tmp_path / f"built{number}") == expected
-
