@@ -10,6 +10,7 @@ is written.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ def cut_index(directory: Path, whole: Path, gone: Iterable[str]) -> None:
         shutil.copyfile(file, directory / file.name)
     with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
         _write(files, lambda writer: writer.deleteDocuments(_with_keys(gone)), mode="APPEND")
+    _require_one_segment(directory)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,9 @@ def index_content(directory: Path) -> dict[str, str]:
     """SHA-256 of what each file of an index says, without the random id that Lucene gives a segment.
 
     Equal blocks in equal order give equal content. The two files that only name the segment are left out: they also
-    hold the time and the machine.
+    hold the time and the machine. Raises :class:`StoreError` if it is no index, or one with remains of another.
     """
+    _require_one_segment(directory)
     found = {}
     for path in sorted(directory.iterdir()):
         if not path.name.startswith("segments") and path.suffix != ".si":
@@ -134,6 +137,15 @@ def index_content(directory: Path) -> dict[str, str]:
                 raise StoreError(f"{path} is no file of a Lucene index; rebuild it")
             found[path.suffix] = sha256(data.replace(identity, bytes(_ID_BYTES))[:-_CHECKSUM_BYTES])
     return found
+
+
+def _require_one_segment(directory: Path) -> None:
+    """Raise :class:`StoreError` if there are files of more than one segment: of one that Lucene did not delete."""
+    segments = {re.split(r"[._]", path.name)[1] for path in directory.iterdir() if path.name.startswith("_")}
+    if len(segments) > 1:
+        raise StoreError(
+            f"{directory} holds segments {', '.join(sorted(segments))} of Lucene, expected one; rebuild it"
+        )
 
 
 class BM25Searcher:

@@ -1,8 +1,8 @@
 """A group's search structures without some of its documents, cut out of those that it has.
 
-What Lucene, sketches and suffixes hold of a document is that document's alone, in an order that knows nothing of the
-others (but for numbers, which are counted again). So to cut a document out gives, byte for byte, what would be built
-without it, in a fraction of the time; `silo datastore verify --deep` builds and compares.
+What they hold of a document is that document's alone, in an order that knows nothing of the others (but for numbers,
+which are counted again). So to cut a document out gives, byte for byte, what would be built without it, in a fraction
+of the time and with no look at other owners' shards; `silo datastore verify --deep` builds and compares.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Whole:
     """A group that has all documents of another, in the same order, and some that are to go."""
 
     directory: Path
+    first_row: int
     rows: list[DocumentRow]
     """Its documents."""
     kept: np.ndarray

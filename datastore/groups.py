@@ -12,7 +12,8 @@ each removal. Which shards share a group changes no result: scores use the stati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from tokenizers import Tokenizer
 from datastore.blocks import block_keys, cut_blocks
 from datastore.cutting import Whole, cut_sketches, cut_suffixes
 from datastore.integrity import read_sealed, sealed, verify_files
-from datastore.keys import write_keys
+from datastore.keys import KeyGroup, cut_keys, write_keys
 from datastore.manifest import Group, ShardEntry
 from datastore.shard import Shard
 from datastore.sketches import write_sketches
 from datastore.suffix_arrays import write_suffixes
 from silo.errors import IntegrityError
-from silo.files import check_digest, read_array, sha256_file, sync_directory, write_file
+from silo.files import read_array, sha256_file, sync_directory, write_file
 
 GROUP_TOKENS = 4_000_000
 """Shards share a search structure up to this many tokens, which bounds what a removal must rewrite."""
@@ -86,41 +87,49 @@ def build_group(
     *,
     lists: int,
     first_row: int,
-    whole: Whole | None = None,
 ) -> None:
-    """Index some shards, whose entries are given in the same order, into an empty directory.
+    """Index some shards, whose entries are given in the same order, into an empty directory."""
+    from datastore.bm25 import build_index
 
-    If a group is given that holds all of it and more, what can be is cut out of that; it comes to the same.
+    def write_arrays() -> None:
+        write_keys(directory / "keys", shards, lists=lists, first_row=first_row)
+        write_suffixes(directory / "suffixes", shards)
+        texts = (each.text(tokenizer) for shard in shards for each in shard.documents())
+        write_sketches(directory / "sketches", texts)
+
+    with _parts(directory, entries, write_arrays):
+        build_index(directory / "blocks", cut_blocks(shards, tokenizer))
+
+
+def cut_group(directory: Path, entries: Sequence[ShardEntry], whole: Whole, *, first_row: int) -> None:
+    """Write what :func:`build_group` would make of some shards, cut out of a group that holds all of them and more."""
+    from datastore.bm25 import cut_index
+
+    def write_arrays() -> None:
+        keys = KeyGroup(whole.directory / "keys", first_row=whole.first_row, document=whole.rows.__getitem__)
+        cut_keys(directory / "keys", keys, whole.kept, first_row=first_row)
+        cut_suffixes(directory / "suffixes", whole)
+        cut_sketches(directory / "sketches", whole)
+
+    with _parts(directory, entries, write_arrays):
+        cut_index(directory / "blocks", whole.directory / "blocks", block_keys(whole.gone()))
+
+
+@contextlib.contextmanager
+def _parts(directory: Path, entries: Sequence[ShardEntry], write_arrays: Callable[[], None]) -> Iterator[None]:
+    """Directories for all parts; what is done meanwhile is done beside the writing of arrays, which waits for the disk;
+    when both are done, the group is sealed.
 
     The checksums lie beside the index and not in the store's manifest: Lucene's files hold random ids, and the
     manifest's bytes are to be the same for the same input.
     """
-    from datastore.bm25 import build_index, cut_index
-
     for name in PARTS:
         (directory / name).mkdir()
-    with ThreadPoolExecutor(1) as beside:  # what it writes waits for the disk, and Lucene's calls hold no lock
-        arrays = beside.submit(_write_arrays, directory, shards, tokenizer, whole, lists=lists, first_row=first_row)
-        if whole:
-            cut_index(directory / "blocks", whole.directory / "blocks", block_keys(whole.gone()))
-        else:
-            build_index(directory / "blocks", cut_blocks(shards, tokenizer))
+    with ThreadPoolExecutor(1) as beside:
+        arrays = beside.submit(write_arrays)
+        yield
         arrays.result()
     _seal(directory, entries)
-
-
-def _write_arrays(
-    directory: Path, shards: Sequence[Shard], tokenizer: Tokenizer, whole: Whole | None, *, lists: int, first_row: int
-) -> None:
-    """Write all but Lucene's part."""
-    write_keys(directory / "keys", shards, lists=lists, first_row=first_row)
-    if whole:
-        cut_suffixes(directory / "suffixes", whole)
-        cut_sketches(directory / "sketches", whole)
-    else:
-        write_suffixes(directory / "suffixes", shards)
-        texts = (each.text(tokenizer) for shard in shards for each in shard.documents())
-        write_sketches(directory / "sketches", texts)
 
 
 def _seal(directory: Path, entries: Sequence[ShardEntry]) -> None:
@@ -135,18 +144,6 @@ def _seal(directory: Path, entries: Sequence[ShardEntry]) -> None:
 def group_array(directory: Path, name: str) -> np.ndarray:
     """One array of a group, such as ``keys/ids.npy``, read whole and checked."""
     return read_array(directory / name, read_sealed(directory / INDEX)["files"][name])
-
-
-def is_sound(directory: Path, entries: Sequence[ShardEntry]) -> bool:
-    """Whether all that something can be cut out of is what was built from these shards."""
-    try:
-        content = read_sealed(directory / INDEX)
-        for name, digest in content["files"].items():
-            if not name.startswith("keys/"):
-                check_digest(directory / name, sha256_file(directory / name), digest)
-    except (IntegrityError, FileNotFoundError):
-        return False
-    return bool(content["shards"] == [entry.hash for entry in entries])
 
 
 def verify_group(directory: Path, entries: Sequence[ShardEntry]) -> None:

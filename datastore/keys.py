@@ -51,12 +51,38 @@ def write_keys(directory: Path, shards: Sequence[Shard], *, lists: int, first_ro
     order = np.argsort(numbers, kind="stable").astype(np.int64)
     sizes = np.bincount(numbers, minlength=lists).astype(np.int64)
     row_of = np.flatnonzero(np.repeat([row.keyed for row in documents], lengths))  # of each key
-    write_array(directory / "sizes.npy", sizes)
-    write_array(directory / "places.npy", _places(row_of[order], sizes, sum(lengths)))
+    _write_places(directory, row_of[order], sizes, sum(lengths))
     with open(directory / "lists.bin", "wb") as file:
         _write_lists(file, shards, order, sizes, first_row + row_of)
         file.flush()
         os.fsync(file.fileno())
+
+
+def cut_keys(directory: Path, whole: KeyGroup, kept: np.ndarray, *, first_row: int) -> None:
+    """Write what :func:`write_keys` would write of some of a group's documents, (documents,) bool."""
+    of_row = np.repeat(kept, whole.lengths)
+    numbers, ordered = np.cumsum(of_row) - 1, []
+    write_array(directory / "tokens.npy", whole.tokens[of_row])
+    write_array(directory / "begins.npy", np.concatenate([[0], np.cumsum(whole.lengths[kept])]).astype(np.int64))
+    write_array(directory / "ids.npy", whole.ids[kept])
+    with open(directory / "lists.bin", "wb") as file:
+        for number in range(len(whole.lists.sizes)):
+            codes, rows = whole.list(number)
+            stay = of_row[rows - whole.first_row]
+            ordered.append(numbers[rows[stay] - whole.first_row])
+            padding = -len(ordered[-1]) % _ALIGNED
+            for array in (_items(codes)[stay] if codes.size else codes, ordered[-1] + first_row):
+                file.write(array.tobytes() + bytes(padding * array.itemsize))
+        file.flush()
+        os.fsync(file.fileno())
+    sizes = np.asarray([len(each) for each in ordered])
+    _write_places(directory, np.concatenate(ordered), sizes, int(of_row.sum()))
+
+
+def _write_places(directory: Path, ordered: np.ndarray, sizes: np.ndarray, rows: int) -> None:
+    """Write how many keys each list has, and where those of so many rows are, which have them in this order."""
+    write_array(directory / "sizes.npy", sizes)
+    write_array(directory / "places.npy", _places(ordered, sizes, rows))
 
 
 def _places(ordered: np.ndarray, sizes: np.ndarray, rows: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.cutting import Whole
-from datastore.groups import group_array, is_sound, verify_group
+from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.selection import Selection
@@ -31,7 +31,7 @@ from datastore.shard import DocumentRow, DocumentRows, Shard
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import View
 from silo.documents import Document
-from silo.errors import DataError, StoreError, UsageError
+from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.files import read_checked
 from silo.retrieval import PROBES, Metric
 
@@ -119,21 +119,26 @@ class Snapshot:
         # They are read when the store, and this very object, may be in another state.
         return DocumentRows(shards, Snapshot(self.path, self.manifest)._as_opened)
 
-    def _group_around(self, names: Sequence[str], shards: Sequence[Shard]) -> Whole | None:
-        """The group that has all documents of some shards, in whatever state these are, if there is one and it is not
-        damaged."""
-        wanted = {
-            (name, row.id, row.content_hash) for name, shard in zip(names, shards, strict=True) for row in shard.rows
-        }
+    def _group_around(self, names: Sequence[str], changed: Mapping[str, Shard]) -> Whole | None:
+        """The group that has all documents of some shards, those that are changed included, unless it is damaged or
+        there is none."""
         for group in self.manifest.groups:
-            directory = self.path / "search" / group.directory
-            entries = [self.manifest.shards[name] for name in group.shards]
-            if set(names) <= set(group.shards) and is_sound(directory, entries):
-                rows = [(name, row) for name in group.shards for row in self._rows(name)]
-                kept = np.asarray([(name, row.id, row.content_hash) in wanted for name, row in rows], dtype=bool)
-                if kept.sum() == len(wanted):
-                    return Whole(directory, [row for _, row in rows], kept)
+            if set(names) <= set(group.shards):
+                rows = {name: self._rows(name) for name in group.shards}
+                left = {name: changed[name].rows if name in changed else rows[name] for name in names}
+                staying = {(name, row.id, row.content_hash) for name, each in left.items() for row in each}
+                kept = [(name, row.id, row.content_hash) in staying for name, each in rows.items() for row in each]
+                if sum(kept) == len(staying) and self._is_sound(group):
+                    all_rows = list(itertools.chain(*rows.values()))
+                    return Whole(self.path / "search" / group.directory, group.first_row, all_rows, np.asarray(kept))
         return None
+
+    def _is_sound(self, group: Group) -> bool:
+        try:
+            self._verify_group(group)
+        except IntegrityError:
+            return False
+        return True
 
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index over all live shards, mapped from disk; ``probes`` and ``metric`` are as in

@@ -30,7 +30,7 @@ from datastore import history
 from datastore import spool as spooled
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
-from datastore.groups import build_group, first_free_row, regroup
+from datastore.groups import build_group, cut_group, first_free_row, regroup
 from datastore.history import Receipt, receipt_row
 from datastore.integrity import refuse_strays, verify_directory
 from datastore.interchange import read_export, write_export
@@ -402,20 +402,20 @@ class Store(Snapshot):
         return ShardEntry(final, digest, len(shard.tokens), len(shard.rows)), shard
 
     def _write_group(
-        self,
-        names: list[str],
-        entries: dict[str, ShardEntry],
-        beside: Sequence[Group],
-        at_hand: Mapping[str, Shard],
+        self, names: list[str], entries: dict[str, ShardEntry], beside: Sequence[Group], at_hand: Mapping[str, Shard]
     ) -> Group:
-        """Build the search structure of some shards; those at hand need not be read again."""
+        """Make the search structure of some shards, cut out of one that has more where there is such; shards at hand
+        need not be read again."""
         shards = [entries[name] for name in names]
-        read = [at_hand.get(name) or self._read_shard(entries[name]) for name in names]
-        whole = self._group_around(names, read)  # which a removal can cut it out of
         first_row = first_free_row(beside, entries, sum(entry.tokens for entry in shards))
+        whole = self._group_around(names, at_hand)
         with self._staging("search") as directory:
-            lists = len(self.control.centroids)
-            build_group(directory, read, shards, self.tokenizer, lists=lists, first_row=first_row, whole=whole)
+            if whole:
+                cut_group(directory, shards, whole, first_row=first_row)
+            else:
+                read = [at_hand.get(name) or self._read_shard(entries[name]) for name in names]
+                lists = len(self.control.centroids)
+                build_group(directory, read, shards, self.tokenizer, lists=lists, first_row=first_row)
             content = sha256(canonical_json([entry.hash for entry in shards]))[:16]
             final = f"{content}-{self.manifest.sequence + 1}"
             self._publish(directory, self.path / "search" / final)

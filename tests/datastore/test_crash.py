@@ -1,6 +1,5 @@
 """Crashes: a store is what it was before a change or what it is after, wherever the change is cut off (law 6)."""
 
-import ast
 import builtins
 import contextlib
 import errno
@@ -110,10 +109,10 @@ def plain_index(monkeypatch):
     """Lucene's place taken by one file with the blocks, so that hundreds of changes are quick and their bytes equal."""
 
     def build_index(directory, blocks):
-        silo.files.write_file(directory / "blocks", repr([tuple(block) for block in blocks]).encode())
+        silo.files.write_file(directory / "blocks", json.dumps(list(blocks)).encode())
 
     def cut_index(directory, whole, gone):
-        blocks, gone = ast.literal_eval((whole / "blocks").read_text()), set(gone)
+        blocks, gone = json.loads((whole / "blocks").read_bytes()), set(gone)
         build_index(directory, [block for block in blocks if block[0] not in gone])
 
     monkeypatch.setattr(bm25, "build_index", build_index)

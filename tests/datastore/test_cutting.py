@@ -9,7 +9,9 @@ import pytest
 from datastore import bm25
 from datastore.bm25 import Block, build_index, cut_index, index_content
 from datastore.selection import Selection
+from datastore.shard import Shard
 from datastore.verification import verify_derived
+from silo.errors import StoreError
 
 REMOVALS = {
     "a document": ("Ada/1",),
@@ -69,7 +71,22 @@ def test_documents_without_words_or_keys_are_cut(make_store, documents, model):
         assert verify_derived(store) == 1
 
 
-@pytest.mark.parametrize("part", ["blocks", "sketches", "suffixes"])
+def test_no_other_owners_shard_is_read(make_store, documents, monkeypatch):
+    """Of the shards a removal reads the one that loses a part of its documents, and none that goes as a whole."""
+    store, read, real = make_store("store", documents), [], Shard.read
+
+    def spy(directory, expected):
+        read.append(directory.name.partition("-")[0])
+        return real(directory, expected)
+
+    monkeypatch.setattr(Shard, "read", spy)
+    store.remove(Selection(documents=("Ada/1",)))
+    assert read == ["ada"]
+    store.remove(Selection(owners=("Grace",)))
+    assert read == ["ada"]
+
+
+@pytest.mark.parametrize("part", ["blocks", "keys", "sketches", "suffixes"])
 @pytest.mark.parametrize("how", ["changed", "missing", "of other shards"])
 def test_nothing_is_cut_out_of_what_is_damaged(make_store, documents, built, part, how):
     """A search structure that is not what was built is built anew, as if the removal had found none."""
@@ -129,3 +146,23 @@ def test_indexes_of_several_parts_are_cut_to_the_same(monkeypatch, tmp_path):
         build_index(tmp_path / f"built{number}", [block for block in blocks if block.key not in gone])
         assert index_content(tmp_path / f"cut{number}") == expected
         assert index_content(tmp_path / f"built{number}") == expected
+
+
+def test_what_lucene_leaves_behind_is_found(monkeypatch, tmp_path):
+    """If files of the index that was cut stayed beside the new ones, cutting would fail, and so would verifying."""
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    build_index(tmp_path / "whole", [Block("a", "one"), Block("b", "two")])
+    real = bm25._write
+
+    def write_and_leave(files, change, *, mode="CREATE"):
+        real(files, change, mode=mode)
+        shutil.copyfile(tmp_path / "whole" / "_0.nvd", tmp_path / "cut" / "_0.nvd")
+
+    monkeypatch.setattr(bm25, "_write", write_and_leave)
+    for act in (
+        lambda: cut_index(tmp_path / "cut", tmp_path / "whole", ["a"]),
+        lambda: index_content(tmp_path / "cut"),
+    ):
+        with pytest.raises(StoreError, match="cut holds segments 0, 1 of Lucene, expected one"):
+            act()
