@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from datastore import bm25
+from datastore import bm25, groups
 from datastore.bm25 import Block, build_index, cut_index, index_content
 from datastore.selection import Selection
 from datastore.shard import Shard
@@ -69,6 +69,19 @@ def test_documents_without_words_or_keys_are_cut(make_store, documents, model):
         fresh.add([odd[1], odd[3]], model, keyed=keyed)
         assert content(store) == content(fresh)
         assert verify_derived(store) == 1
+
+
+def test_rows_are_numbered_anew(make_store, documents, monkeypatch, built):
+    """A group that is cut may lie elsewhere among the store's rows than the group that it is cut out of."""
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 1)
+    store = make_store("store", documents)
+    first_rows = {group.shards[0]: group.first_row for group in store.manifest.groups}
+    built.clear()
+    store.remove(Selection(owners=("Ada",)))
+    store.remove(Selection(documents=("Grace/1", "Mary/2")))
+    assert not built
+    assert all(group.first_row < first_rows[group.shards[0]] for group in store.manifest.groups)
+    assert verify_derived(store) == 2
 
 
 def test_no_other_owners_shard_is_read(make_store, documents, monkeypatch):
