@@ -253,12 +253,13 @@ def list_shards(store: Path) -> dict[str, Any]:
 @datastore.command()
 @STORE
 @click.option("--deep", is_flag=True, help="Build all search structures anew from the shards, and compare.")
+@click.option("--repair", is_flag=True, help="First build damaged search structures anew from the shards.")
 @click.option(
     "--absent", type=PATH, metavar="FILE", help="Prove that the documents of this JSON Lines file are nowhere."
 )
 @click.option("--model", type=PATH, help="With --absent: look for the codes of their keys too.")
 @reports(render_pairs)
-def verify(store: Path, deep: bool, absent: Path | None, model: Path | None) -> dict[str, Any]:
+def verify(store: Path, deep: bool, repair: bool, absent: Path | None, model: Path | None) -> dict[str, Any]:
     """Check every checksum, the log's chain, every receipt and signature; exit 1 and name the file if one is wrong.
 
     With --absent it exits 1 too where a run of a document's bytes, tokens, shingles or codes is found, also in what an
@@ -271,7 +272,8 @@ def verify(store: Path, deep: bool, absent: Path | None, model: Path | None) -> 
         raise UsageError("--model goes with --absent FILE")
     documents = list(read_documents(absent)) if absent is not None else []
     opened = Store.open(store)
-    result = opened.verify()
+    repaired = {"repaired": opened.repair()} if repair else {}
+    result = opened.verify() | repaired
     if deep:
         from datastore.verification import verify_derived
 

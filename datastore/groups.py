@@ -148,7 +148,10 @@ def group_array(directory: Path, name: str) -> np.ndarray:
 
 def verify_group(directory: Path, entries: Sequence[ShardEntry]) -> None:
     """Check every file of a search structure, and that it was built from these shards."""
-    content = read_sealed(directory / INDEX)
-    if content["shards"] != [entry.hash for entry in entries]:
-        raise IntegrityError(f"{directory / INDEX} is of other shards than the store's; restore it from a backup")
-    verify_files(directory, content["files"], index=INDEX)
+    try:
+        content = read_sealed(directory / INDEX)
+        if content["shards"] != [entry.hash for entry in entries]:
+            raise IntegrityError(f"{directory / INDEX} is of other shards than the store's; restore it from a backup")
+        verify_files(directory, content["files"], index=INDEX)
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}; `silo datastore verify --repair` rebuilds it") from None

@@ -27,7 +27,7 @@ from datastore.groups import group_array, verify_group
 from datastore.keys import KeyGroup, id_hash
 from datastore.manifest import Group, Manifest, ShardEntry
 from datastore.selection import Selection
-from datastore.shard import DocumentRow, DocumentRows, Shard
+from datastore.shard import DocumentRow, DocumentRows, Shard, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import View
 from silo.documents import Document
@@ -118,6 +118,28 @@ class Snapshot:
         shards = [(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries]
         # They are read when the store, and this very object, may be in another state.
         return DocumentRows(shards, Snapshot(self.path, self.manifest)._as_opened)
+
+    def require_addable(self, documents: Iterable[Document | DocumentRow]) -> list[str]:
+        """The documents' ids, none of which the store has.
+
+        Raises:
+            UsageError: there are none.
+            DataError: a document is in the store already, comes twice, or has neither owner nor source.
+        """
+        shards: dict[str, str] = {}
+        for document in documents:
+            if document.id in shards:
+                raise DataError(f"document {document.id!r} comes twice; ids are unique, also between files")
+            if not shard_name(document):
+                raise DataError(f"document {document.id!r} has neither owner nor source; name who may remove it")
+            shards[document.id] = shard_name(document)
+        if not shards:
+            raise UsageError("nothing to add; give at least one document")
+        for id, (shard, _) in self._locate(list(shards)).items():
+            raise DataError(
+                f"document {id!r} is in shard {shard!r} already; remove it first, or add with --skip-present"
+            )
+        return list(shards)
 
     def _group_around(self, names: Sequence[str], changed: Mapping[str, Shard]) -> Whole | None:
         """The group that has all documents of some shards, those that are changed included, unless it is damaged or

@@ -19,7 +19,7 @@ import contextlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +40,7 @@ from datastore.shard import DocumentRow, Encoded, Shard, shard_name, slug, token
 from datastore.snapshot import Snapshot
 from datastore.spool import Spool
 from silo.documents import Document
-from silo.errors import DataError, LicenseError, StoreError, UsageError
+from silo.errors import LicenseError, StoreError, UsageError
 from silo.files import (
     canonical_json,
     exclusive_lock,
@@ -156,28 +156,6 @@ class Store(Snapshot):
             changed[name].append(each)
             rows.append((name, each.document))
         return self._commit(changed, "add", rows, request={}, reason="", key=key)
-
-    def require_addable(self, documents: Iterable[Document | DocumentRow]) -> list[str]:
-        """The documents' ids, none of which the store has.
-
-        Raises:
-            UsageError: there are none.
-            DataError: a document is in the store already, comes twice, or has neither owner nor source.
-        """
-        shards: dict[str, str] = {}
-        for document in documents:
-            if document.id in shards:
-                raise DataError(f"document {document.id!r} comes twice; ids are unique, also between files")
-            if not shard_name(document):
-                raise DataError(f"document {document.id!r} has neither owner nor source; name who may remove it")
-            shards[document.id] = shard_name(document)
-        if not shards:
-            raise UsageError("nothing to add; give at least one document")
-        for id, (shard, _) in self._locate(list(shards)).items():
-            raise DataError(
-                f"document {id!r} is in shard {shard!r} already; remove it first, or add with --skip-present"
-            )
-        return list(shards)
 
     def encode(self, document: Document, model: LanguageModel, *, keyed: bool = True) -> Encoded:
         """A document as a shard holds it, with a key for each token or without any."""
@@ -353,9 +331,11 @@ class Store(Snapshot):
         request: dict[str, list[str]],
         reason: str,
         told: dict[str, Any] | None = None,
+        damaged: Collection[str] = (),
         key: Ed25519PrivateKey | None = None,
     ) -> Receipt:
-        """Write new shards (None: gone) and the groups that they touch, then switch to them and delete the old."""
+        """Write new shards (None: gone), and groups in place of those that they touch or that are damaged, then switch
+        to them and delete the old."""
         entries = dict(self.manifest.shards)
         written: dict[str, Shard] = {}
         for name, of_shard in changed.items():
@@ -363,7 +343,9 @@ class Store(Snapshot):
             if of_shard is not None:
                 entries[name], written[name] = self._write_shard(name, of_shard)
         untouched = {
-            tuple(group.shards): group for group in self.manifest.groups if not changed.keys() & set(group.shards)
+            tuple(group.shards): group
+            for group in self.manifest.groups
+            if not changed.keys() & set(group.shards) and group.directory not in damaged
         }
         groups: list[Group] = []
         for names in regroup(self.manifest.groups, entries, set(changed)):
@@ -462,6 +444,22 @@ class Store(Snapshot):
             path = self.path / "receipts" / self.manifest.receipt
             history.append(self.path / "log.jsonl", history.load(path, self.manifest.receipt_sha256))
         return collected
+
+    def repair(self) -> list[str]:
+        """Build search structures anew, from the shards, where they are damaged; no answer of the store changes.
+
+        Returns:
+            The names that those had, which are gone.
+
+        Raises:
+            IntegrityError: a shard is damaged as well.
+        """
+        with self._writing():
+            damaged = [group.directory for group in self.manifest.groups if not self._is_sound(group)]
+            if damaged:
+                told = {"damaged": damaged}
+                self._commit({}, "repair", [], request={}, reason="", told=told, damaged=damaged)
+            return damaged
 
     def verify(self) -> dict[str, Any]:
         """Check every byte of the store: seal, checksums, log chain, receipts, and that no stray file is left.

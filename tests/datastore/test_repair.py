@@ -1,0 +1,80 @@
+"""Search structures that were damaged, built anew from the shards."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from datastore import groups
+from datastore.store import Store
+from silo.cli import main
+
+
+def run(*arguments):
+    """What a command of ``silo datastore`` gave."""
+    return CliRunner().invoke(main, ["datastore", *map(str, arguments)])
+
+
+def change(group):
+    """Flip a bit of its largest file."""
+    file = max(group.rglob("*.*"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "changed": change,
+    "a file missing": lambda group: (group / "suffixes" / "rows.npy").unlink(),
+    "all missing": shutil.rmtree,
+    "a file too many": lambda group: (group / "blocks" / "_9.fdt").write_bytes(b"text"),
+    "another's": lambda group: (group / groups.INDEX).write_bytes(b"{}"),
+}
+
+
+@pytest.fixture
+def store(make_store, documents, monkeypatch):
+    """One of three groups."""
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 1)
+    return make_store("store", documents[:6])
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_damaged_is_built_anew(store, damage, answers):
+    """Only that; the store has the hash and the answers that it had, and the log says what was done."""
+    before, expected = [group.directory for group in store.manifest.groups], answers(store)
+    damage(store.path / "search" / before[1])
+    found = run("verify", store.path)
+    assert found.exit_code == 1
+    assert found.stderr.rstrip().endswith("`silo datastore verify --repair` rebuilds it")
+    done = run("verify", store.path, "--repair", "--deep", "--json")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["repaired"], result["rebuilt_and_equal"]) == ([before[1]], 3)
+    opened = Store.open(store.path)
+    after = [group.directory for group in opened.manifest.groups]
+    assert [each in after for each in before] == [True, False, True]
+    assert answers(opened) == expected
+    assert [line["operation"] for line in opened.log()] == ["add", "repair"]
+    assert run("verify", store.path, "--repair").exit_code == 0
+
+
+def test_what_is_sound_stays(store, bytes_of):
+    """Nothing is written, and nothing logged."""
+    before = bytes_of(store.path)
+    assert json.loads(run("verify", store.path, "--repair", "--json").stdout)["repaired"] == []
+    assert bytes_of(store.path) == before
+
+
+def test_nothing_is_built_of_a_damaged_shard(store, bytes_of):
+    """Its file is named, and the store stays as it was."""
+    group = store.manifest.groups[0]
+    shutil.rmtree(store.path / "search" / group.directory)
+    tokens = store.path / "shards" / store.manifest.shards[group.shards[0]].directory / "tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-1] + b"!")
+    before = bytes_of(store.path)
+    found = run("verify", store.path, "--repair")
+    assert found.exit_code == 1
+    assert f"{tokens} is damaged" in found.stderr
+    assert bytes_of(store.path) == before
