@@ -67,7 +67,7 @@ def cut_index(directory: Path, whole: Path, gone: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class CutIndex:
-    """Some of an index's blocks as an index of their own, in memory; it is made when it is first searched."""
+    """Some of an index's blocks as an index of their own, in memory; it is made when a searcher opens it."""
 
     whole: Path
     """The directory of the index."""

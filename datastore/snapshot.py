@@ -142,15 +142,15 @@ class Snapshot:
         return list(shards)
 
     def _group_around(self, names: Sequence[str], changed: Mapping[str, Shard]) -> Whole | None:
-        """The group that has all documents of some shards, those that are changed included, unless it is damaged or
-        there is none."""
+        """The group that has all documents of some shards, those that are changed included, and more; unless it is
+        damaged or there is none."""
         for group in self.manifest.groups:
             if set(names) <= set(group.shards):
                 rows = {name: self._rows(name) for name in group.shards}
                 left = {name: changed[name].rows if name in changed else rows[name] for name in names}
                 staying = {(name, row.id, row.content_hash) for name, each in left.items() for row in each}
                 kept = [(name, row.id, row.content_hash) in staying for name, each in rows.items() for row in each]
-                if sum(kept) == len(staying) and self._is_sound(group):
+                if sum(kept) == len(staying) < len(kept) and self._is_sound(group):
                     all_rows = list(itertools.chain(*rows.values()))
                     return Whole(self.path / "search" / group.directory, group.first_row, all_rows, np.asarray(kept))
         return None

@@ -60,15 +60,18 @@ def verify_derived(store: Snapshot) -> int:
             ours, theirs = index_content(directory / "blocks"), index_content(again / "blocks")
             if ours != theirs:
                 different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-                raise IntegrityError(
-                    f"{directory / 'blocks'} is not what its shards give ({', '.join(different)}); rebuild the store"
-                )
+                raise _other_than_built(directory / "blocks", f" ({', '.join(different)})")
     return len(store.manifest.groups)
 
 
 def _require_equal(expected: str, path: Path, digest: Any) -> None:
     if not path.is_file() or digest(path) != expected:
-        raise IntegrityError(f"{path} is not what its shards give; rebuild the store")
+        raise _other_than_built(path)
+
+
+def _other_than_built(path: Path, how: str = "") -> IntegrityError:
+    advice = "delete it, and `silo datastore verify --repair` builds it anew"
+    return IntegrityError(f"{path} is not what its shards give{how}; {advice}")
 
 
 @dataclass(frozen=True, slots=True)

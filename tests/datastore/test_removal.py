@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +251,9 @@ def test_deep_verification_compares_what_is_derived(make_store, distinct, part):
     result = run("verify", store.path, "--deep")
     assert result.exit_code == 1
     assert f"{mine / part}" in result.stderr
+    named = Path(result.stderr.removeprefix("error: ").partition(" is not what its shards give")[0])
+    shutil.rmtree(named) if named.is_dir() else named.unlink()  # as it advises
+    assert said("verify", store.path, "--repair", "--deep")["rebuilt_and_equal"] == 1
 
 
 def test_show_tells_what_a_store_is(make_store, distinct, model):
