@@ -1,10 +1,10 @@
-"""The inner loops of a search for neighbours, compiled (:mod:`datastore.compiling`)."""
+"""The inner loops of a search for neighbours, compiled (:mod:`silo.compiling`)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from datastore.compiling import Function, compiled
+from silo.compiling import Function, compiled
 
 SAMPLED = 64
 """Values that say in what range to look for the k-th smallest."""

@@ -1,4 +1,4 @@
-"""The inner loops of the ∞-gram, compiled (:mod:`datastore.compiling`).
+"""The inner loops of the ∞-gram, compiled (:mod:`silo.compiling`).
 
 What all of them are given of a group's suffixes: ``rows`` (suffixes,) where each begins and ``lengths`` (suffixes,)
 uint8 how many tokens it has, as :mod:`datastore.suffix_arrays` writes both; ``begins`` (documents + 1,) int64 and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from datastore.compiling import compiled
+from silo.compiling import compiled
 
 
 @compiled

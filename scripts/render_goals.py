@@ -77,7 +77,8 @@ def goals(records: Mapping[str, dict[str, Any]]) -> str:
     return f"""## What was wanted
 
 {reached} of {len(found)} numbers that were named before anything was built are reached. Speeds and times are \
-multiples of the peer's by the clock (by processor time where that alone was taken), with the spread of the rounds.
+multiples of the peer's by the clock (by processor time where that alone was taken), with the spread of the rounds. \
+Behind each that a bench missed stands a profile, in [Where the time goes](#where-the-time-goes).
 
 | record | what | wanted | measured | reached, or why not |
 |:---|:---|---:|---:|:---|

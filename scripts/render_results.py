@@ -20,6 +20,7 @@ import render_studies
 from recording import provenance
 from render_figure import figure
 from render_goals import goals
+from render_profiles import where_time_goes
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "results"
@@ -68,7 +69,8 @@ def results(records: Records, again: Records, elsewhere: Records) -> str:
         f"![Speeds as multiples of the peers', by subject]({FIGURE.relative_to(ROOT)})\n"
     )
     told = [section(records[name]) for name, section in sections.items() if name in records]
-    others = [render_repeated.another_day(records, again, elsewhere)] if again else []
+    others = [where_time_goes(records)]
+    others += [render_repeated.another_day(records, again, elsewhere)] if again else []
     others += [render_repeated.another_processor(records, elsewhere)] if elsewhere else []
     return "\n".join([head, goals(records), *told, *others])
 

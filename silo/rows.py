@@ -11,6 +11,7 @@ import warnings
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ class Choice:
     def by_row(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(rows, starts, order, tokens): the rows taken, ascending and each once; where each one's run begins in
         ``order``, which sorts the flattened index stably; and the token of each entry of ``order``."""
-        values, order = self.index.flatten().sort(stable=True)
+        values, order = stably_sorted(self.index.flatten())
         rows, counts = torch.unique_consecutive(values, return_counts=True)
         return rows, counts.cumsum(0) - counts, order, order // self.index.shape[1]
 
@@ -53,6 +54,20 @@ class Choice:
         return torch.sparse_coo_tensor(
             self.by_row[0].unsqueeze(0), self.row_sums(weight, x), shape, is_coalesced=True, check_invariants=False
         )
+
+
+def stably_sorted(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers (n,) int64 in order, and where each stood, as ``sort(stable=True)`` gives them; none is negative, and n
+    of the largest would be below 2 ^ 62.
+
+    On the CPU a number and its place are sorted as one, by numpy and one thread: the threads of torch's sort wait for
+    each other, which takes long where other programs run.
+    """
+    if numbers.device.type != "cpu":
+        return numbers.sort(stable=True)
+    bits = len(numbers).bit_length()
+    both = torch.from_numpy(np.sort((numbers << bits | torch.arange(len(numbers))).numpy()))
+    return both >> bits, both & (1 << bits) - 1
 
 
 def coalesced(gradient: torch.Tensor) -> torch.Tensor:

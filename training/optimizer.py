@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.adamw import adamw
 
+from silo.compiling import compiled
 from silo.errors import UsageError
 from silo.product_keys import PeerFFN, PkmFFN
 from silo.rows import coalesced
 
+COMPILED = (torch.float32, torch.float64)
+"""Types whose rows a compiled loop updates in place, on the CPU. Others are copied, updated by torch and put back."""
 ROWS_AT_ONCE = 512
-"""Rows updated in one go: they, their gradients and their moments fit into a core's cache."""
+"""Rows that are copied in one go: they, their gradients and their moments fit into a core's cache."""
+ALONE = 1 << 16
+"""So many values are updated by a thread sooner than another is started."""
 
 
 class RowAdamW(torch.optim.Optimizer):
@@ -22,7 +30,7 @@ class RowAdamW(torch.optim.Optimizer):
     A row's moments decay, and its weights move and decay, in the steps that give it a gradient; else it stands still.
     Bias correction counts all steps, as ``torch.optim.SparseAdam`` does, so that a row which is first chosen late
     starts with smaller steps. When every row has a gradient in every step, this is AdamW. Unlike SparseAdam it takes
-    coalesced gradients as they are and updates a few rows at a time, which never leave the cache.
+    coalesced gradients as they are, and reads and writes a row, its moments and its gradient once.
 
     Args:
         params: parameters or groups, as for any optimizer.
@@ -94,15 +102,73 @@ def update_rows(
     weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any]
 ) -> None:
     """AdamW on the rows of a coalesced gradient, in place."""
+    rows, values = gradient.indices()[0], gradient.values()
     whole = (weight, state["exp_avg"], state["exp_avg_sq"])
-    for rows, values in zip(
-        gradient.indices()[0].split(ROWS_AT_ONCE), gradient.values().split(ROWS_AT_ONCE), strict=True
-    ):
-        part = [tensor.index_select(0, rows) for tensor in whole]
-        update([part[0]], [values], [part[1]], [part[2]], [state["step"].clone()], settings)
-        for tensor, changed in zip(whole, part, strict=True):
-            tensor.index_copy_(0, rows, changed)
+    if weight.device.type == "cpu" and weight.dtype in COMPILED:
+        _update_in_place(whole, rows, values, state["step"].item() + 1, settings)
+    else:
+        for some, gradients in zip(rows.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), strict=True):
+            part = [tensor.index_select(0, some) for tensor in whole]
+            update([part[0]], [gradients], [part[1]], [part[2]], [state["step"].clone()], settings)
+            for tensor, changed in zip(whole, part, strict=True):
+                tensor.index_copy_(0, some, changed)
     state["step"] += 1
+
+
+def _update_in_place(
+    whole: tuple[torch.Tensor, ...], rows: torch.Tensor, values: torch.Tensor, step: float, settings: dict[str, Any]
+) -> None:
+    """The same by the compiled loop, in as many threads as torch uses: rows are independent, so that bits are the same
+    for any number."""
+    beta1, beta2, lr = settings["beta1"], settings["beta2"], settings["lr"]
+    step_size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    factors = [1 - lr * settings["weight_decay"], 1 - beta1, beta2, 1 - beta2, step_size, correction, settings["eps"]]
+    weight, first, second = (tensor.detach().numpy() for tensor in whole)
+    threads = min(torch.get_num_threads(), 1 + values.numel() // ALONE)
+
+    def run(some: torch.Tensor, gradients: torch.Tensor) -> None:
+        _adamw(weight, first, second, some.numpy(), gradients.numpy(), np.asarray(factors, dtype=weight.dtype))
+
+    mine, *others = zip(rows.tensor_split(threads), values.tensor_split(threads), strict=True)
+    with ThreadPoolExecutor(threads) as pool:  # which starts a thread when it is given work
+        working = [pool.submit(run, *part) for part in others]
+        run(*mine)
+        for each in working:
+            each.result()
+
+
+@partial(compiled, error_model="numpy")
+def _adamw(
+    weight: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    rows: np.ndarray,
+    gradient: np.ndarray,
+    factors: np.ndarray,
+) -> None:
+    """Some rows' step, as torch's fused kernel has it (Loshchilov 2019, algorithm 2).
+
+    Args:
+        weight: (n, width), changed in place, as are the moments.
+        first: moment, likewise.
+        second: moment, likewise.
+        rows: (m,) int64, different ones.
+        gradient: (m, width) theirs.
+        factors: (7,) of the same type: what decay leaves of a weight; by how much the first moment goes towards the
+            gradient; decay of the second, and one less that; the learning rate over the first's bias correction; the
+            root of the second's; what is added to its root.
+    """
+    kept, nearer, decay, fresh = factors[0], factors[1], factors[2], factors[3]
+    step_size, correction, eps = factors[4], factors[5], factors[6]
+    for at in range(len(rows)):
+        row = rows[at]
+        for column in range(weight.shape[1]):
+            slope = gradient[at, column]
+            mean = first[row, column] + nearer * (slope - first[row, column])
+            square = decay * second[row, column] + fresh * slope * slope
+            first[row, column], second[row, column] = mean, square
+            moved = step_size * mean / (np.sqrt(square) / correction + eps)
+            weight[row, column] = kept * weight[row, column] - moved
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:

@@ -31,6 +31,7 @@ from recording import files_hash
 
 from bench import ceiling
 from bench.harness import Judge, WrongResult, compete, say, subject
+from bench.profiling import operations
 from eval.perplexity import PASSAGE_TOKENS
 from eval.protocols import Protocol
 from eval.scoring import Scorer
@@ -122,6 +123,7 @@ def measure(model: LanguageModel, texts: list[str], protocol: Protocol, rounds: 
         "tokens_per_second": rates,
         "best_peer": best,
         "times_the_best_peer": middle["silo"].value / middle[best].value,
+        "profile": {name: operations(contestants[name]) for name in ("silo", best)},
         "largest_difference_a_token": max(apart),
         "largest_difference_as_it_comes": max(rounded),
     }

@@ -34,6 +34,7 @@ from bench.harness import compete, say, subject
 from bench.mixing_peers import SILO, TRANSFORMERS, K, merged_index, silo_loop, transformers_loop
 from bench.mixing_store import make_store, read_corpus
 from bench.ngram import dealt
+from bench.profiling import functions
 from bench.ratios import PREFIXES
 from datastore.store import Store
 from eval.perplexity import PASSAGE_TOKENS, Scores, Text, data_hash, fit, perplexities, sample, score
@@ -127,9 +128,11 @@ def main(
     }
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], counts: dict[str, int], base: str, rounds: int) -> dict[str, Any]:
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], counts: dict[str, int], base: str, rounds: int, profiled: Sequence[str] = ()
+) -> dict[str, Any]:
     """Tokens a second of each call, and how many times the base's time a token takes, round by round; by the clock, and
-    by the processor's time, which suffers less from whoever else uses the machine."""
+    by the processor's time, which suffers less from whoever else uses the machine. And where the time of some goes."""
     contest = compete(calls, rounds, units=counts)
     out: dict[str, Any] = {"tokens_per_second": {name: contest.rate(name).value for name in calls}}
     for clock, prefix in PREFIXES.items():
@@ -137,7 +140,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], counts: dict[str, int], bas
         out[f"{prefix}times_{base}"] = {name: each.value for name, each in times.items()}
         out[f"{prefix}spread"] = {name: [each.low, each.high] for name, each in times.items()}
     say(f"{ {name: f'{rate:.0f}/s' for name, rate in out['tokens_per_second'].items()} }")
-    return out
+    return out | ({"profile": {name: functions(calls[name]) for name in profiled}} if profiled else {})
 
 
 def mixtures(
@@ -153,7 +156,7 @@ def mixtures(
     scores: dict[str, Scores] = {}
     calls = {name: lambda name=name, of=of: scores.update({name: score(of, texts)}) for name, of in named.items()}
     tokens = sum(len(each.tokens) for each in texts)
-    timed = in_turns({**forward, **calls}, dict.fromkeys([*forward, *calls], tokens), "lm", rounds)
+    timed = in_turns({**forward, **calls}, dict.fromkeys([*forward, *calls], tokens), "lm", rounds, ["lm", "all"])
     told = [name for name, of in named.items() if own_keys or "knn" not in of.methods]
     return {
         "in_context": {
@@ -249,7 +252,7 @@ def owners(root: Path, lm: LanguageModel, store: Store, texts: list[Text], round
 
     calls = {f"{n} owners": partial(match, of) for n, of in opened.items()}
     tokens = sum(map(len, windows))
-    return in_turns(calls, dict.fromkeys(calls, tokens), f"{OWNERS[0]} owners", rounds)
+    return in_turns(calls, dict.fromkeys(calls, tokens), f"{OWNERS[0]} owners", rounds, list(calls))
 
 
 def beside_peers(
@@ -288,5 +291,5 @@ def beside_peers(
         "probes": PROBES,
         "k": K,
         "same_distances": float(np.isclose(np.sqrt(near), np.sqrt(theirs), rtol=1e-3, atol=1e-3).mean()),
-        **in_turns(calls, counts, "ours", rounds),
+        **in_turns(calls, counts, "ours", rounds, list(calls)),
     }

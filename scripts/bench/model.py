@@ -10,15 +10,15 @@
 - ``peer_decoder``: our decoder of four layers, one of which is PEER, at both sizes.
 
 Beside each contestant stand the operations of its matrix products and the share of the machine's rate that it reached;
-what an optimizer moves is not in them. Tokens are random. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks
-Linux for huge pages, which spares a million experts most of their page faults; all contestants gain. Prints one JSON
-document: machine, command, commit, seed, medians, and ratios round by round.
+what an optimizer moves is not in them; and where the time of some steps goes (see profiling.py). Tokens are random.
+With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks Linux for huge pages, which spares a million experts most of
+their page faults; all contestants gain. Prints one JSON document: machine, command, commit, seed, medians, and ratios
+round by round.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from itertools import combinations as pairs
 from typing import Any
@@ -29,7 +29,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bench import ceiling
-from bench.harness import Measured, compete, subject
+from bench.harness import Measured, compete, say, subject
+from bench.profiling import operations
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN
 from training.optimizer import RowAdamW
@@ -50,6 +51,8 @@ BATCH, TIME = 4, 256
 WIDTH, HEADS, EXPERTS_PER_HEAD, TOKENS = 256, 8, 16, 512
 SIZES = {"65k": 256**2, "1m": 1024**2}
 FUSED: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+PROFILED = 3
+"""Steps that are profiled."""
 PARTS = ("dense", "moe", "peer", "peer_decoder")
 Step = Callable[[], None]
 
@@ -72,10 +75,9 @@ Step = Callable[[], None]
     help="Whether the peer of the PEER layer is there.",
 )
 @click.option("--fused/--not-fused", default=True, show_default=True, help="AdamW of PEER-pytorch: its kernel.")
-@click.option("--profile", is_flag=True, help="Print torch.profiler's table of each contestant to stderr.")
 @subject
 def main(
-    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, fused: bool, profile: bool
+    rounds: int, threads: int | None, seed: int, parts: tuple[str, ...], peer_pytorch: bool, fused: bool
 ) -> dict[str, Any]:
     """Training steps of layers beside other implementations."""
     if threads is not None:
@@ -96,10 +98,8 @@ def main(
             name: roof.share(ceiling.products_of(step), result[part]["wall"]["milliseconds"][name] / 1000)
             for name, step in steps.items()
         }
-        print(f"{part}: {result[part]['wall']['milliseconds']}", file=sys.stderr, flush=True)
-        if profile:
-            for name, step in steps.items():
-                print(name, profiled(step), file=sys.stderr)
+        result[part]["profile"] = {name: operations(step, PROFILED) for name, step in steps.items()}
+        say(f"{part}: {result[part]['wall']['milliseconds']}")
     return {
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
@@ -212,11 +212,3 @@ def told(ratios: dict[str, Measured]) -> dict[str, Any]:
         "ratio": {name: round(each.value, 3) for name, each in ratios.items()},
         "spread": {name: [round(each.low, 3), round(each.high, 3)] for name, each in ratios.items()},
     }
-
-
-def profiled(step: Step) -> str:
-    """Where the time of three steps goes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(3):
-            step()
-    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50)

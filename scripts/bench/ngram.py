@@ -34,6 +34,7 @@ from recording import files_hash
 
 from bench import ceiling
 from bench.harness import WrongResult, compete, say, subject
+from bench.profiling import functions
 from datastore.groups import regroup
 from datastore.keys import KeyGroup, write_keys
 from datastore.manifest import Group, ShardEntry
@@ -157,6 +158,7 @@ def measure(
         "tokens_per_second": {name: contest.rate(name).value for name in calls},
         **{f"ratio_to_{peer}": {n: v.value for n, v in each.items()} for peer, each in ratios.items()},
         **{f"spread_to_{peer}": {n: [v.low, v.high] for n, v in each.items()} for peer, each in ratios.items()},
+        "profile": {name: functions(call) for name, (_, call) in calls.items() if "a call" not in name},
         "equal_for_all_owners": True,
         "beside_infini_gram": told,
     }

@@ -7,7 +7,7 @@ import torch
 
 from silo.modeling import SiloConfig, SiloForCausalLM
 from silo.product_keys import PeerFFN, PkmFFN, best_pairs
-from silo.rows import Choice, coalesced, dot_rows, dots, sum_rows
+from silo.rows import Choice, coalesced, dot_rows, dots, stably_sorted, sum_rows
 
 SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "ffn": "peer", "key_dim": 6}
 PEER = {"peer_num_experts": 49, "peer_heads": 3, "peer_experts_per_head": 4}
@@ -147,6 +147,14 @@ def test_gradients_hold_the_rows_taken_once_each():
     for parameter in (layer.down.weight, layer.up.weight):
         assert parameter.grad.is_sparse
         assert torch.equal(parameter.grad._indices()[0], routing.expert.unique())
+
+
+@pytest.mark.parametrize(("count", "below"), [(0, 1), (1, 1), (2, 1), (1000, 7), (1024, 2**20), (1025, 2**40)])
+def test_numbers_are_sorted_as_torch_sorts_them_stably(count, below):
+    """Values and places, of many equal ones and of large ones; places of equal ones ascend."""
+    numbers = torch.randint(below, (count,), generator=torch.Generator().manual_seed(count))
+    for ours, theirs in zip(stably_sorted(numbers), numbers.sort(stable=True), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_gradients_that_add_up_are_coalesced_anew():

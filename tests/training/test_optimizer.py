@@ -7,10 +7,20 @@ import torch
 
 from silo.errors import UsageError
 from silo.modeling import SiloConfig, SiloForCausalLM
+from training import optimizer as rows_of
 from training.optimizer import ROWS_AT_ONCE, RowAdamW, clip_gradients, make_optimizer
 
 ROWS = ROWS_AT_ONCE + 40
-"""More than are updated in one go."""
+"""More than are copied in one go."""
+
+
+@pytest.fixture(params=["compiled", "copied"])
+def way(request, monkeypatch):
+    """Both ways to update rows: in place by a compiled loop in several threads, and by torch, as on a GPU."""
+    if request.param == "copied":
+        monkeypatch.setattr(rows_of, "COMPILED", ())
+    monkeypatch.setattr(rows_of, "ALONE", 64)
+    return request.param
 
 
 def matrices(count: int = 2) -> list[torch.nn.Parameter]:
@@ -24,6 +34,7 @@ def sparse(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.sparse_coo_tensor(rows.unsqueeze(0), values, (ROWS, 8), check_invariants=True)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("every_row_sparse", [False, True])
 def test_it_is_adamw_when_every_row_has_a_gradient(every_row_sparse):
     """With dense gradients, and with sparse ones that name every row, weights are those of torch's AdamW."""
@@ -39,6 +50,7 @@ def test_it_is_adamw_when_every_row_has_a_gradient(every_row_sparse):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("way")
 def test_it_is_sparse_adam_without_decay():
     """For rows that come and go, weights are those of torch's SparseAdam: moments stand still, steps count on."""
     ours, theirs = matrices()
@@ -54,6 +66,7 @@ def test_it_is_sparse_adam_without_decay():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # eps stands elsewhere in their formula
 
 
+@pytest.mark.usefixtures("way")
 def test_rows_without_a_gradient_do_not_move():
     """A row that nobody chose keeps every bit, in weights and moments, weight decay or not; a chosen one decays."""
     (weight,) = matrices(1)
@@ -66,6 +79,66 @@ def test_rows_without_a_gradient_do_not_move():
     assert torch.equal(weight[still], before[still])
     torch.testing.assert_close(weight[[3, 7]], before[[3, 7]] * (1 - 0.1 * 0.5))
     assert optimizer.state[weight]["exp_avg"][still].abs().max() == 0
+
+
+def updated(dtype: torch.dtype = torch.float32, threads: int = 1) -> tuple[torch.Tensor, RowAdamW]:
+    """A matrix after four steps on rows that come and go, by so many threads."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(ROWS, 8, dtype=dtype))
+    optimizer, usual = RowAdamW([weight], lr=0.1), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            rows = torch.randperm(ROWS, generator=generator)[: ROWS - 100 * (step % 3)]
+            weight.grad = sparse(rows, torch.randn(len(rows), 8, generator=generator).to(dtype))
+            optimizer.step()
+    finally:
+        torch.set_num_threads(usual)
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_to_update_rows_give_the_same(monkeypatch, dtype):
+    """The compiled loop gives weights and moments of the same type as torch's kernel, up to rounding."""
+    weight, optimizer = updated(dtype)
+    monkeypatch.setattr(rows_of, "COMPILED", ())
+    other, reference = updated(dtype)
+    assert weight.dtype == dtype
+    close = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
+    torch.testing.assert_close(weight, other, rtol=close, atol=close)
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        ours, theirs = optimizer.state[weight][name], reference.state[other][name]
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    """Rows are dealt out to threads, more than there are cores, and none is left out or done twice."""
+    monkeypatch.setattr(rows_of, "ALONE", 64)
+    alone, _ = updated(threads=1)
+    for threads in (2, 5):
+        assert torch.equal(updated(threads=threads)[0], alone)
+
+
+def test_rows_of_other_types_are_updated_by_torch():
+    """Half-precision weights move, and keep their type."""
+    before = torch.nn.Parameter(torch.ones(ROWS, 8, dtype=torch.bfloat16))
+    before.grad = sparse(torch.tensor([3]), torch.ones(1, 8, dtype=torch.bfloat16))
+    RowAdamW([before], lr=0.1).step()
+    assert before.dtype == torch.bfloat16
+    assert (before[3] < 1).all()
+    assert (before[4] == 1).all()
+
+
+def test_a_gradient_of_no_rows_moves_nothing():
+    """As when no token reached a layer: nothing fails, and the step counts."""
+    (weight,) = matrices(1)
+    before = weight.detach().clone()
+    weight.grad = sparse(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 8))
+    optimizer = RowAdamW([weight], lr=0.1)
+    optimizer.step()
+    assert torch.equal(weight, before)
+    assert optimizer.state[weight]["step"] == 1
 
 
 def test_a_step_forms_nothing_of_the_size_of_all_experts():
