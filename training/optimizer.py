@@ -17,7 +17,8 @@ from silo.product_keys import PeerFFN, PkmFFN
 from silo.rows import coalesced
 
 COMPILED = (torch.float32, torch.float64)
-"""Types whose rows a compiled loop updates in place, on the CPU. Others are copied, updated by torch and put back."""
+"""Types of matrices whose rows a compiled loop updates in place, on the CPU. Those of others are copied, updated by
+torch and put back."""
 ROWS_AT_ONCE = 512
 """Rows that are copied in one go: they, their gradients and their moments fit into a core's cache."""
 ALONE = 1 << 16
@@ -104,7 +105,7 @@ def update_rows(
     """AdamW on the rows of a coalesced gradient, in place."""
     rows, values = gradient.indices()[0], gradient.values()
     whole = (weight, state["exp_avg"], state["exp_avg_sq"])
-    if weight.device.type == "cpu" and weight.dtype in COMPILED:
+    if weight.device.type == "cpu" and weight.dtype in COMPILED and weight.dim() == 2:
         _update_in_place(whole, rows, values, state["step"].item() + 1, settings)
     else:
         for some, gradients in zip(rows.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), strict=True):
