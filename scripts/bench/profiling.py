@@ -1,7 +1,7 @@
 """Where a contestant's time goes: what a record explains its ratios with.
 
-Taken after the rounds, which it would slow down. Torch's products tell by operation (:func:`operations`), everything
-else by the function of Python that called it (:func:`functions`).
+Taken after the rounds, which it would slow down: of models by torch's operation (:func:`operations`), of everything
+else by the function of Python that took it (:func:`functions`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAITING = ("threading", "queue", "concurrent.futures.thread", "concurrent.future
 
 
 def operations(call: Callable[[], Any], times: int = 1) -> Profile:
-    """By torch's operation, of some calls: processor time of its own, without that of operations inside of it."""
+    """By torch's operation, of some calls: time of its own, without that of operations inside of it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(times):
             call()
