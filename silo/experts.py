@@ -21,7 +21,6 @@ from silo.routing import (
     topk,
     z_loss,
 )
-from silo.rows import bag, dots
 
 MIN_SPREAD = 1e-2
 """Least spread of a router's noise, without which the load loss would divide by zero."""
@@ -37,7 +36,8 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Map (batch, time, hidden) to the same shape. There are no experts, so no routing."""
-        return self.down_proj(swiglu(self.gate_up_proj(x))), None
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up), None
 
 
 class Experts(nn.Module):
@@ -54,11 +54,11 @@ class Experts(nn.Module):
 
     def apply_experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Each expert on its run of ``rows`` (rows, hidden), which stops before the expert's entry of ``ends``."""
-        return grouped(swiglu(grouped(rows, self.gate_up_proj, ends)), self.down_proj, ends)
+        gate, up = grouped(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return grouped(F.silu(gate) * up, self.down_proj, ends)
 
-    def mixed(self, rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Σ_j weight[t, j] · expert[t, j](rows[t]), (tokens, hidden), where ``rows`` is (tokens, hidden), ``expert``
-        and ``weight`` (tokens, k)."""
+    def each(self, rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """What each row's experts make of it, (rows, k, hidden); ``rows`` is (rows, hidden), ``expert`` (rows, k)."""
         load = torch.bincount(expert.flatten(), minlength=len(self.down_proj))
         # oneDNN makes a program for each new number of rows, so runs are filled up to a few lengths.
         unit = FEWEST_ROWS if by_onednn(rows, self.down_proj) else 1
@@ -71,7 +71,7 @@ class Experts(nn.Module):
         source = place.new_zeros(int(ends[-1]))
         source[place] = torch.arange(len(order), device=rows.device) // expert.shape[1]
         out = self.apply_experts(_Spread.apply(rows, source, place), ends.to(torch.int32))
-        return _Mix.apply(out.to(weight.dtype), weight, place.view_as(expert))
+        return _Gather.apply(out, place).view(*expert.shape, -1)
 
 
 def grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ class MoeFFN(Experts):
             out, routing = self._experts_choose(rows, logits)
         else:
             expert, weight, loss = self._tokens_choose(rows, logits)
-            out, routing = self.mixed(rows, expert, weight.to(x.dtype)), Routing(expert, weight, logits, loss)
+            out, routing = self._mix(rows, expert, weight.to(x.dtype)), Routing(expert, weight, logits, loss)
         return out.view_as(x), routing
 
     def _tokens_choose(
@@ -141,6 +141,10 @@ class MoeFFN(Experts):
     def _z_loss(self, logits: torch.Tensor) -> torch.Tensor | float:
         coefficient = self.config.router_z_loss_coef
         return coefficient * z_loss(logits) if coefficient else 0.0
+
+    def _mix(self, rows: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Σ_j weight[t, j] · expert[t, j](rows[t]), (tokens, hidden)."""
+        return (self.each(rows, expert) * weight.unsqueeze(-1)).sum(dim=1)
 
     def _experts_choose(self, rows: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         if not self.training:
@@ -174,47 +178,18 @@ class _Spread(torch.autograd.Function):
         return grad.view(ctx.tokens, -1, grad.shape[1]).sum(dim=1), None, None
 
 
-class _Mix(torch.autograd.Function):
-    """Weighted sums of the rows at some places, (tokens, width), in one pass. ``weight`` and ``place`` are (tokens, k),
-    places all different, so that the gradient of each row is one token's; other rows get none."""
+class _Gather(torch.autograd.Function):
+    """The rows at some places, all different; others get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.place = place
-        return bag(weight, rows, place)
+    def forward(ctx: Any, rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.place, ctx.rows = place, len(rows)
+        return rows.index_select(0, place)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (rows, weight), place, grad = ctx.saved_tensors, ctx.place, grads[0].contiguous()
-        of_places = (weight.unsqueeze(2) * grad.unsqueeze(1)).flatten(0, 1)
-        return torch.zeros_like(rows).index_copy_(0, place.flatten(), of_places), dots(grad, rows, place), None
-
-
-def swiglu(both: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) · up`` of (..., 2 · width), the gate first; (..., width)."""
-    return _SwiGlu.apply(both)
-
-
-class _SwiGlu(torch.autograd.Function):
-    """As autograd would have it, but that both gradients are written where they belong and not put together after."""
-
-    @staticmethod
-    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
-        gate, up = both.chunk(2, dim=-1)
-        active = F.silu(gate)
-        ctx.save_for_backward(both, active)
-        return active * up
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        both, active = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        grad = torch.empty_like(both)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grads[0], active, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return grad
+        grad = grads[0].new_zeros(ctx.rows, grads[0].shape[1])
+        return grad.index_copy_(0, ctx.place, grads[0]), None
 
 
 class AveragedFFN(Experts):
@@ -233,11 +208,12 @@ class AveragedFFN(Experts):
         rows = x.reshape(-1, x.shape[-1])
         if not self.training:
             gate_up, down = self.mean()
-            return linear(swiglu(linear(rows, gate_up.t())), down.t()).view_as(x), None
+            gate, up = linear(rows, gate_up.t()).chunk(2, dim=-1)
+            return linear(F.silu(gate) * up, down.t()).view_as(x), None
         expert = torch.arange(len(rows), device=x.device) % len(self.down_proj)
         expert = expert[torch.randperm(len(rows), device=x.device)].unsqueeze(1)
-        alone = torch.ones_like(expert, dtype=x.dtype)
-        return self.mixed(rows, expert, alone).view_as(x), Routing(expert, alone)
+        out = self.each(rows, expert).squeeze(1)
+        return out.view_as(x), Routing(expert, torch.ones_like(expert, dtype=x.dtype))
 
     def mean(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean of the experts: gate and up (hidden, 2 · intermediate), down (intermediate, hidden)."""

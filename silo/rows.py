@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-ROWS_AT_ONCE = 4096
-"""Rows that are copied side by side where no kernel reads them in place; the copy stays in the cache."""
+TOKENS_AT_ONCE = 32
+"""Tokens whose rows are copied side by side where no kernel reads them in place; the copy stays in the cache."""
 
 
 class Choice:
@@ -141,9 +141,8 @@ def dots(x: torch.Tensor, matrix: torch.Tensor, index: torch.Tensor) -> torch.Te
                 starts, index.flatten(), x.new_zeros(tokens * k), (tokens, len(matrix)), check_invariants=False
             )
         return torch.sparse.sampled_addmm(wanted, x, matrix.t(), beta=0.0).values().view(tokens, k)
-    step = max(1, ROWS_AT_ONCE // k)
     parts = [
-        torch.bmm(matrix[index[at : at + step]], x[at : at + step].unsqueeze(2)).squeeze(2)
-        for at in range(0, tokens, step)
+        torch.bmm(matrix[index[at : at + TOKENS_AT_ONCE]], x[at : at + TOKENS_AT_ONCE].unsqueeze(2)).squeeze(2)
+        for at in range(0, tokens, TOKENS_AT_ONCE)
     ]
     return torch.cat(parts) if parts else x.new_empty(0, k)

@@ -65,7 +65,7 @@ Step = Callable[[], None]
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice(["dense", "moe", "peer", "peer_decoder"]),
+    type=click.Choice(PARTS),
     help="Only these.  [default: all]",
 )
 @click.option(

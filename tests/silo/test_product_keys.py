@@ -125,11 +125,8 @@ def test_retrieval_passes_gradcheck():
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [9, 20])
-@pytest.mark.parametrize("copied", [5, 100, 4096], ids="{} rows at once".format)
-def test_products_with_rows(monkeypatch, kind, rows, copied):
-    """dot_rows and sum_rows are the products with the gathered rows, in every precision, repeated rows included,
-    whatever is copied at once where something is: less than a token's rows, some tokens', or all."""
-    monkeypatch.setattr("silo.rows.ROWS_AT_ONCE", copied)
+def test_products_with_rows(kind, rows):
+    """dot_rows and sum_rows are the products with the gathered rows, in every precision, repeated rows included."""
     torch.manual_seed(0)
     x, matrix, index = torch.randn(70, 16).to(kind), torch.randn(rows, 16).to(kind), torch.randint(9, (70, 12))
     weight = torch.randn(70, 12).to(kind)

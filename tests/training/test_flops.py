@@ -36,7 +36,7 @@ RETRIEVAL = 2 * WIDTH * 2 * 8 + 2 * 2 * 8 * 8
     ("kind", "expected"),
     [
         ("dense", 2 * 3 * WIDTH * 24),
-        ("moe", 2 * WIDTH * 4 + 2 * (2 * 3 * WIDTH * 12 + 2 * WIDTH)),
+        ("moe", 2 * WIDTH * 4 + 2 * (2 * 3 * WIDTH * 12)),
         ("peer", RETRIEVAL + 2 * 2 * (2 * 3) * WIDTH),
         ("pkm", RETRIEVAL + 2 * (2 * 5) * WIDTH),
     ],
