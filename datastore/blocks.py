@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from datastore.bm25 import K1, B, BM25Searcher, CutIndex
 from datastore.bm25 import Block as IndexedBlock
-from datastore.keys import KeyGroup, id_hash
+from datastore.group_texts import id_hash
+from datastore.keys import KeyGroup
 from datastore.shard import DocumentRow, Shard
 from silo.errors import IntegrityError, UsageError
 from silo.retrieval import Block

@@ -7,7 +7,7 @@ of the time and with no look at other owners' shards; `silo datastore verify --d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,33 +24,33 @@ class Whole:
 
     directory: Path
     first_row: int
-    rows: list[DocumentRow]
-    """Its documents."""
+    document: Callable[[int], DocumentRow]
+    """Gives its document of a number, from 0."""
     kept: np.ndarray
     """(documents,) bool, which of them stay."""
 
     def gone(self) -> Iterator[DocumentRow]:
         """Those that do not."""
-        return (row for row, stays in zip(self.rows, self.kept.tolist(), strict=True) if not stays)
+        return map(self.document, np.flatnonzero(~self.kept).tolist())
 
 
 def cut_sketches(directory: Path, whole: Whole) -> None:
     """Write what :func:`datastore.sketches.write_sketches` would write of the documents that stay."""
     hashes, documents = (np.load(whole.directory / "sketches" / f"{name}.npy") for name in ("hashes", "documents"))
-    stays, numbers = whole.kept[documents], _counted(whole.kept)
+    stays, numbers = whole.kept[documents], _counted(whole.kept, documents.dtype)
     write_array(directory / "hashes.npy", hashes[stays])
-    write_array(directory / "documents.npy", numbers[documents[stays]].astype(documents.dtype))
+    write_array(directory / "documents.npy", numbers[documents[stays]])
 
 
-def cut_suffixes(directory: Path, whole: Whole) -> None:
-    """Write what :func:`datastore.suffix_arrays.write_suffixes` would write of the documents that stay."""
+def cut_suffixes(directory: Path, whole: Whole, of_row: np.ndarray) -> None:
+    """Write what :func:`datastore.suffix_arrays.write_suffixes` would write of the documents that stay, of which each
+    row is or is not, (rows,) bool."""
     rows, lengths = (np.load(whole.directory / "suffixes" / name) for name in FILES)
-    kept = np.repeat(whole.kept, [row.end - row.begin for row in whole.rows])
-    stays, numbers = kept[rows], _counted(kept)
-    write_array(directory / FILES[0], numbers[rows[stays]].astype(row_type(int(kept.sum()))))
+    stays, numbers = of_row[rows], _counted(of_row, row_type(int(of_row.sum())))
+    write_array(directory / FILES[0], numbers[rows[stays]])
     write_array(directory / FILES[1], lengths[stays])
 
 
-def _counted(kept: np.ndarray) -> np.ndarray:
+def _counted(kept: np.ndarray, dtype: np.typing.DTypeLike) -> np.ndarray:
     """The new number of each that is kept of (n,)."""
-    return np.cumsum(kept) - 1
+    return np.cumsum(kept, dtype=dtype) - 1

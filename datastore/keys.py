@@ -4,12 +4,10 @@
     sizes.npy     (lists,) int64, how many keys each list has
     places.npy    (rows,) uint32, or int64 where a group has more than that counts: how many codes are before each row's
                   in the lists, padding included; the highest number for a row without a key
-    tokens.npy    (rows,) the token that each key predicts: the documents of the group end to end
-    begins.npy    (documents + 1,) int64, where each document begins in them
-    ids.npy       (documents,) uint64, the hash of each document's id
+    tokens.npy, begins.npy, ids.npy   :mod:`datastore.group_texts`; the token of a row is the one that its key predicts
 
-A group's rows stand in the order (shard name, document id, position). In the lists they are numbered from the group's
-``first_row`` on, so that the lists of all groups can be read as one index. All of it is derived from the shards.
+In the lists rows are numbered from the group's ``first_row`` on, so that the lists of all groups can be read as one
+index. All of it is derived from the shards.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from datastore.codes import Codes
+from datastore.group_texts import GroupTexts, cut_texts, write_texts
 from datastore.shard import DocumentRow, Shard
 from silo.errors import IntegrityError
-from silo.files import sha256, write_array, write_rows
+from silo.files import write_array
 
-FILES = ("lists.bin", "sizes.npy", "places.npy", "tokens.npy", "begins.npy", "ids.npy")
 GATHERED_BYTES = 1 << 28
 """Codes that are in memory at a time while lists are written."""
 _ROW_BYTES = 8
@@ -35,18 +33,11 @@ _ALIGNED = 8
 """Row numbers begin at multiples of so many bytes; lists are padded to such a number of keys."""
 
 
-def id_hash(document_id: str) -> int:
-    """The first 64 bits of the SHA-256 of a document's id: an order of documents that knows nothing of shards."""
-    return int(sha256(document_id.encode())[:16], 16)
-
-
 def write_keys(directory: Path, shards: Sequence[Shard], *, lists: int, first_row: int) -> None:
     """Write the keys of some shards, in order, into a directory that has none."""
     documents = [row for shard in shards for row in shard.rows]
     lengths = [row.end - row.begin for row in documents]
-    write_rows(directory / "tokens.npy", (shard.tokens for shard in shards), count=sum(lengths))
-    write_array(directory / "begins.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    write_array(directory / "ids.npy", np.asarray([id_hash(row.id) for row in documents], dtype=np.uint64))
+    write_texts(directory, shards)
     numbers = np.concatenate([shard.lists for shard in shards])
     order = np.argsort(numbers, kind="stable").astype(np.int64)
     sizes = np.bincount(numbers, minlength=lists).astype(np.int64)
@@ -62,9 +53,7 @@ def cut_keys(directory: Path, whole: KeyGroup, kept: np.ndarray, *, first_row: i
     """Write what :func:`write_keys` would write of some of a group's documents, (documents,) bool."""
     of_row = np.repeat(kept, whole.lengths)
     numbers, ordered = np.cumsum(of_row) - 1, []
-    write_array(directory / "tokens.npy", whole.tokens[of_row])
-    write_array(directory / "begins.npy", np.concatenate([[0], np.cumsum(whole.lengths[kept])]).astype(np.int64))
-    write_array(directory / "ids.npy", whole.ids[kept])
+    cut_texts(directory, whole, kept)
     with open(directory / "lists.bin", "wb") as file:
         for number in range(len(whole.lists.sizes)):
             codes, rows = whole.list(number)
@@ -168,36 +157,18 @@ class Lists(NamedTuple):
     """float32, :meth:`datastore.codes.Codes.squares` of the keys of those lists of which they were asked for."""
 
 
-class KeyGroup:
-    """The keys of one group, mapped from disk."""
+class KeyGroup(GroupTexts):
+    """The documents of one group and their keys."""
 
     def __init__(self, directory: Path, *, first_row: int, document: Callable[[int], DocumentRow]) -> None:
-        """Map the files.
-
-        Args:
-            directory: what :func:`write_keys` filled.
-            first_row: the number of the group's first row.
-            document: gives what is known of the group's document of a number, from 0.
-        """
-        self.first_row = first_row
-        self.document = document
-        self.tokens = np.load(directory / "tokens.npy", mmap_mode="r")
-        self.begins = np.load(directory / "begins.npy", mmap_mode="r")
-        self.ids = np.load(directory / "ids.npy", mmap_mode="r")
-        self.rows = len(self.tokens)
-        if self.begins[-1] != self.rows:
-            raise IntegrityError(f"{directory} has {self.rows} tokens, not {self.begins[-1]}; restore it from a backup")
+        """As :class:`GroupTexts` says, of what :func:`write_keys` filled."""
+        super().__init__(directory, first_row=first_row, document=document)
         sizes = np.load(directory / "sizes.npy")
         self.num_keys = int(sizes.sum())
         self._places = np.load(directory / "places.npy", mmap_mode="r")
         self._path = directory / "lists.bin"
         self._width, self.lists = _map_lists(self._path, sizes)
         self._squared = np.zeros(len(sizes), dtype=bool)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(documents,) int64, how many rows each document has."""
-        return np.diff(self.begins)
 
     @property
     def keyed(self) -> np.ndarray:

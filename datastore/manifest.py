@@ -12,7 +12,7 @@ from datastore.integrity import read_sealed, sealed
 from silo.errors import UsageError
 from silo.files import canonical_json, sha256, write_file
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Group:
-    """A live search structure: the shards that it serves, sorted, and its directory's name under ``search``."""
+    """A live search structure: the shards that it serves, sorted, and its directory's name under that of its kind
+    (:mod:`datastore.groups`)."""
 
     shards: list[str]
     directory: str
     first_row: int
-    """Its keys are numbered from here on; no two groups' numbers overlap."""
+    """Its tokens are numbered from here on; no two groups' numbers of a kind overlap."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Manifest:
     tokenizer: str
     shards: dict[str, ShardEntry] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
+    """Those of keys, blocks and sketches."""
+    ngrams: list[Group] = field(default_factory=list)
+    """Those of suffixes."""
     sequence: int = 0
     """Number of changes so far."""
     receipt: str = ""
@@ -82,14 +86,16 @@ class Manifest:
                 "use the version that wrote it"
             )
         content["shards"] = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
-        content["groups"] = [Group(**group) for group in content["groups"]]
+        for kind in ("groups", "ngrams"):
+            content[kind] = [Group(**group) for group in content[kind]]
         return cls(**content)
 
     def write(self, path: Path) -> None:
         """Commit."""
         content = {each.name: getattr(self, each.name) for each in fields(self)}
         content["shards"] = {name: vars(entry) for name, entry in self.shards.items()}
-        content["groups"] = [vars(group) for group in self.groups]
+        for kind in ("groups", "ngrams"):
+            content[kind] = [vars(group) for group in content[kind]]
         write_file(path, sealed(content))
 
     @property

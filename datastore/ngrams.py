@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from datastore import kinds
-from datastore.keys import KeyGroup
+from datastore.group_texts import GroupTexts
 from datastore.runs import FAR, Search, Spans
 from datastore.suffixes import Suffixes
 from silo.errors import UsageError
@@ -33,7 +33,7 @@ class NgramIndex:
             groups: of one store.
             selected: for each of :attr:`groups`, which documents count, (documents,) bool; None for all.
         """
-        order = sorted(range(len(groups)), key=lambda number: groups[number].keys.first_row)
+        order = sorted(range(len(groups)), key=lambda number: groups[number].texts.first_row)
         self._whole = [groups[number] for number in order]
         self._selected = [selected[number] if selected else None for number in order]
         self._some: dict[int, Suffixes] = {}
@@ -41,9 +41,9 @@ class NgramIndex:
         self._kinds = kinds.Kinds()
 
     @property
-    def groups(self) -> list[KeyGroup]:
+    def groups(self) -> list[GroupTexts]:
         """The groups' documents, in the order in which :meth:`select` takes what is said of them."""
-        return [suffixes.keys for suffixes in self._whole]
+        return [suffixes.texts for suffixes in self._whole]
 
     def select(self, selected: Sequence[np.ndarray | None]) -> NgramIndex:
         """The same groups where only some documents count, also for the longest match; made when it is first asked.
@@ -70,7 +70,7 @@ class NgramIndex:
     def document(self, index: int) -> SourceDocument:
         """The document behind an index in :attr:`silo.retrieval.Origins.documents`."""
         if index not in self._documents:  # which are asked for again and again
-            row = self._whole[int(index) >> 32].keys.document(int(index) & 0xFFFFFFFF)
+            row = self._whole[int(index) >> 32].texts.document(int(index) & 0xFFFFFFFF)
             self._documents[int(index)] = row.described()
         return self._documents[int(index)]
 
@@ -196,7 +196,7 @@ class Counts:
             suffixes = self._groups[group]
             documents = suffixes.documents(_ranges(first, sizes))
             found.append(np.stack([np.repeat(asked, sizes), documents + (group << 32)]))
-            hashes.append(suffixes.keys.ids[documents])
+            hashes.append(suffixes.texts.ids[documents])
         asked, documents = np.concatenate(found, axis=1)
         order = np.lexsort((documents, np.concatenate(hashes), asked))
         asked, documents = asked[order], documents[order]

@@ -96,11 +96,24 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard, mapped from disk."""
+class Texts:
+    """The documents of a shard and their tokens, mapped from disk."""
 
     rows: list[DocumentRow]
     tokens: np.ndarray
+
+    @classmethod
+    def read(cls, directory: Path, expected_hash: str) -> Texts:
+        """Map what a shard has of them, every byte checked. Raises :class:`silo.errors.IntegrityError` naming the
+        damaged file."""
+        rows, tokens = _read(directory, expected_hash, ARRAYS[:1])
+        return Texts(rows, tokens)
+
+
+@dataclass(frozen=True)
+class Shard(Texts):
+    """A shard, mapped from disk."""
+
     lists: np.ndarray
     codes: np.ndarray
 
@@ -119,12 +132,15 @@ class Shard:
     @classmethod
     def read(cls, directory: Path, expected_hash: str) -> Shard:
         """Map a shard, every byte checked. Raises :class:`silo.errors.IntegrityError` naming the damaged file."""
-        manifest = read_manifest(directory, expected_hash)
-        files = manifest["files"]
-        return cls(
-            read_rows(directory, manifest),
-            *(map_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in ARRAYS),
-        )
+        rows, tokens, lists, codes = _read(directory, expected_hash, ARRAYS)
+        return cls(rows, tokens, lists, codes)
+
+
+def _read(directory: Path, expected_hash: str, arrays: Sequence[str]) -> Any:
+    manifest = read_manifest(directory, expected_hash)
+    files = manifest["files"]
+    mapped = (map_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in arrays)
+    return read_rows(directory, manifest), *mapped
 
 
 def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[str, str]) -> tuple[str, Shard]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,14 +22,14 @@ from datastore import shard as shards_on_disk
 from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
-from datastore.cutting import Whole
-from datastore.groups import group_array, verify_group
-from datastore.keys import KeyGroup, id_hash
-from datastore.manifest import Group, Manifest, ShardEntry
+from datastore.group_texts import GroupTexts, id_hash
+from datastore.groups import NGRAMS, PARTS, SEARCH, group_array, verify_group
+from datastore.keys import KeyGroup
+from datastore.manifest import Group, Manifest
 from datastore.selection import Selection
-from datastore.shard import DocumentRow, DocumentRows, Shard, shard_name
+from datastore.shard import DocumentRow, DocumentRows, Shard, Texts, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
-from datastore.view import View
+from datastore.view import Part, View
 from silo.documents import Document
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.files import read_checked
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from silo.mixture import Mixture
     from silo.nearest import Nearest
 
+OfKind = TypeVar("OfKind", bound=GroupTexts)
+
 CHECKED_BYTES = 1 << 28
-"""Search structures that have no more than this together are read and checked when they are opened. More are mapped
-unread, so that a store larger than memory opens at once; `silo datastore verify` checks them."""
+"""Search structures of a kind that have no more than this together are read and checked when they are opened. More are
+mapped unread, so that a store larger than memory opens at once; `silo datastore verify` checks them."""
 
 
 class Snapshot:
@@ -54,7 +56,7 @@ class Snapshot:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._mapped: dict[str, KeyGroup] = {}
+        self._mapped: dict[Path, GroupTexts] = {}
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -78,11 +80,15 @@ class Snapshot:
 
     def shard(self, name: str) -> Shard:
         """Read one live shard, every byte checked."""
-        return self._read_shard(self.manifest.shards[name])
-
-    def _read_shard(self, entry: ShardEntry) -> Shard:
+        entry = self.manifest.shards[name]
         with self._as_opened():
             return Shard.read(self.path / "shards" / entry.directory, entry.hash)
+
+    def read_texts(self, name: str) -> Texts:
+        """Read what a live shard has besides keys, every byte of it checked."""
+        entry = self.manifest.shards[name]
+        with self._as_opened():
+            return Texts.read(self.path / "shards" / entry.directory, entry.hash)
 
     @contextlib.contextmanager
     def _as_opened(self) -> Iterator[None]:
@@ -100,9 +106,10 @@ class Snapshot:
 
     def rows(self) -> dict[str, list[DocumentRow]]:
         """The documents of each live shard."""
-        return {name: self._rows(name) for name in sorted(self.manifest.shards)}
+        return {name: self.rows_of(name) for name in sorted(self.manifest.shards)}
 
-    def _rows(self, name: str) -> list[DocumentRow]:
+    def rows_of(self, name: str) -> list[DocumentRow]:
+        """The documents of one live shard."""
         with self._as_opened():
             return shards_on_disk.read_rows(self._shard_directory(name), self._shard_manifest(name))
 
@@ -113,7 +120,8 @@ class Snapshot:
         with self._as_opened():
             return shards_on_disk.read_manifest(self._shard_directory(name), self.manifest.shards[name].hash)
 
-    def _document_rows(self, group: Group) -> DocumentRows:
+    def document_rows(self, group: Group) -> DocumentRows:
+        """The documents of a group, of which none is read yet."""
         entries = [self.manifest.shards[name] for name in group.shards]
         shards = [(self.path / "shards" / each.directory, each.hash, each.documents) for each in entries]
         # They are read when the store, and this very object, may be in another state.
@@ -141,23 +149,14 @@ class Snapshot:
             )
         return list(shards)
 
-    def _group_around(self, names: Sequence[str], changed: Mapping[str, Shard]) -> Whole | None:
-        """The group that has all documents of some shards, those that are changed included, and more; unless it is
-        damaged or there is none."""
-        for group in self.manifest.groups:
-            if set(names) <= set(group.shards):
-                rows = {name: self._rows(name) for name in group.shards}
-                left = {name: changed[name].rows if name in changed else rows[name] for name in names}
-                staying = {(name, row.id, row.content_hash) for name, each in left.items() for row in each}
-                kept = [(name, row.id, row.content_hash) in staying for name, each in rows.items() for row in each]
-                if sum(kept) == len(staying) < len(kept) and self._is_sound(group):
-                    all_rows = list(itertools.chain(*rows.values()))
-                    return Whole(self.path / "search" / group.directory, group.first_row, all_rows, np.asarray(kept))
-        return None
+    def groups_of(self, kind: str) -> list[Group]:
+        """The groups of a kind."""
+        return {SEARCH: self.manifest.groups, NGRAMS: self.manifest.ngrams}[kind]
 
-    def _is_sound(self, group: Group) -> bool:
+    def is_sound(self, kind: str, group: Group) -> bool:
+        """Whether every file of a group is what was written."""
         try:
-            self._verify_group(group)
+            self._verify_group(kind, group)
         except IntegrityError:
             return False
         return True
@@ -185,16 +184,25 @@ class Snapshot:
         A name that no document has selects nothing and is no error: a policy is written for many stores.
         """
         with self._as_opened():
-            keys = self._key_groups()
-            directories = [self.path / "search" / group.directory for group in self.manifest.groups]
-            masks: list[np.ndarray | None] = [None] * len(keys)
+            chosen: dict[str, np.ndarray] | None = None
             if allow is not None or deny is not None:
                 allowed, denied = self._chooser(allow, otherwise=True), self._chooser(deny, otherwise=False)
-                masks = [
-                    np.concatenate([allowed(name) & ~denied(name) for name in group.shards])
-                    for group in self.manifest.groups
-                ]
-            return View(list(zip(directories, keys, strict=True)), masks, self.control)
+                chosen = {name: allowed(name) & ~denied(name) for name in self.manifest.shards}
+            keys, ngrams = self._opened(SEARCH, KeyGroup), self._opened(NGRAMS, GroupTexts)
+            return View(self._parts(SEARCH, keys, chosen), self._parts(NGRAMS, ngrams, chosen), self.control)
+
+    def _parts(
+        self, kind: str, opened: Sequence[OfKind], chosen: Mapping[str, np.ndarray] | None
+    ) -> list[Part[OfKind]]:
+        """The groups of a kind, with which of their documents are chosen, given by shard; None for all."""
+        return [
+            Part(
+                self.path / kind / group.directory,
+                texts,
+                np.concatenate([chosen[name] for name in group.shards]) if chosen is not None else None,
+            )
+            for group, texts in zip(self.groups_of(kind), opened, strict=True)
+        ]
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreError` unless the store's keys are those of this model, made as it makes them."""
@@ -241,26 +249,26 @@ class Snapshot:
             entry = self.manifest.shards[name]
             answer = otherwise if selection is None else selection.of_all(name, self._shard_manifest(name))
             if selection and (answer is None or (answer is False and name in named)):
-                return np.asarray([selection.holds(name, row) for row in self._rows(name)], dtype=bool)
+                return np.asarray([selection.holds(name, row) for row in self.rows_of(name)], dtype=bool)
             return np.full(entry.documents, bool(answer))
 
         return choose
 
-    def _key_groups(self) -> list[KeyGroup]:
-        """The keys of every group. Files of all that are new are checked first, if that takes no longer than a
-        moment."""
-        new = {
-            group.directory: (group, self.path / "search" / group.directory)
-            for group in self.manifest.groups
-            if group.directory not in self._mapped
-        }
-        few = not _exceed(CHECKED_BYTES, (file for _, directory in new.values() for file in directory.rglob("*")))
-        for name, (group, directory) in new.items():
-            if few:
-                self._verify_group(group)
-            rows = self._document_rows(group)
-            self._mapped[name] = KeyGroup(directory / "keys", first_row=group.first_row, document=rows)
-        return [self._mapped[group.directory] for group in self.manifest.groups]
+    def _opened(self, kind: str, documents: type[OfKind]) -> list[OfKind]:
+        """The documents of every group of a kind. Files of all that are new are checked first, if that takes no longer
+        than a moment."""
+        directories = [self.path / kind / group.directory for group in self.groups_of(kind)]
+        new = [directory for directory in directories if directory not in self._mapped]
+        few = not _exceed(CHECKED_BYTES, (file for directory in new for file in directory.rglob("*")))
+        for group, directory in zip(self.groups_of(kind), directories, strict=True):
+            if directory in new:
+                if few:
+                    self._verify_group(kind, group)
+                rows = self.document_rows(group)
+                self._mapped[directory] = documents(
+                    directory / PARTS[kind][0], first_row=group.first_row, document=rows
+                )
+        return [cast(OfKind, self._mapped[directory]) for directory in directories]
 
     def present(self, documents: Iterable[Document]) -> set[str]:
         """The ids of those that the store has. Raises :class:`DataError` where it has another text under an id."""
@@ -280,7 +288,7 @@ class Snapshot:
         with self._as_opened():
             for group in self.manifest.groups:
                 known = group_array(self.path / "search" / group.directory, "keys/ids.npy")
-                rows = self._document_rows(group)
+                rows = self.document_rows(group)
                 for number in np.flatnonzero(np.isin(known, wanted)).tolist():
                     row = rows(number)
                     if row.id in asked:
@@ -300,14 +308,14 @@ class Snapshot:
         if selection.sources or selection.licenses:
             rest = self.manifest.shards.keys() - concerned
             concerned |= {name for name in rest if selection.may_concern(self._shard_manifest(name))}
-        found = [(name, row) for name in sorted(concerned) for row in self._rows(name) if selection.holds(name, row)]
+        found = [(name, row) for name in sorted(concerned) for row in self.rows_of(name) if selection.holds(name, row)]
         selection.require_found(found, self._known)
         return found
 
     def _known(self) -> dict[str, list[str]]:
         """Names that the store has, for people who misspelt one."""
         manifests = [self._shard_manifest(name) for name in sorted(self.manifest.shards)]
-        first = self._rows(min(self.manifest.shards)) if self.manifest.shards else []
+        first = self.rows_of(min(self.manifest.shards)) if self.manifest.shards else []
         return {
             "documents": [row.id for row in first],
             "owners": sorted({manifest["owner"] for manifest in manifests}),
@@ -336,7 +344,7 @@ class Snapshot:
         """Shard → document → which of some sketches it may be like, apart from the documents of these sketches."""
         found: dict[str, dict[str, list[int]]] = {}
         for group in self.manifest.groups:
-            directory, rows = self.path / "search" / group.directory, self._document_rows(group)
+            directory, rows = self.path / "search" / group.directory, self.document_rows(group)
             hashes, documents = (group_array(directory, f"sketches/{name}.npy") for name in ("hashes", "documents"))
             for number, which in sorted(candidates(hashes, documents, wanted).items()):
                 if (id := rows(number).id) not in own:
@@ -348,8 +356,8 @@ class Snapshot:
         documents = self.shard(name).documents()
         return [(each.document.id, each.text(self.tokenizer)) for each in documents if each.document.id in ids]
 
-    def _verify_group(self, group: Group) -> None:
-        verify_group(self.path / "search" / group.directory, [self.manifest.shards[name] for name in group.shards])
+    def _verify_group(self, kind: str, group: Group) -> None:
+        verify_group(self.path / kind / group.directory, [self.manifest.shards[name] for name in group.shards])
 
     def describe(self) -> dict[str, Any]:
         """What the store is made of, in numbers."""
@@ -361,8 +369,9 @@ class Snapshot:
             "key_layer": model["key_spec"]["layer"],
             "documents": sum(entry.documents for entry in self.manifest.shards.values()),
             "tokens": sum(entry.tokens for entry in self.manifest.shards.values()),
-            "keys": sum(group.num_keys for group in self._key_groups()),
+            "keys": sum(group.num_keys for group in self._opened(SEARCH, KeyGroup)),
             "groups": len(self.manifest.groups),
+            "ngram_groups": len(self.manifest.ngrams),
             "changes": self.manifest.sequence,
             **{f"control_{name}": value for name, value in control.items()},
         }

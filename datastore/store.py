@@ -4,13 +4,14 @@
     tokenizer.json   the model's tokenizer, so that a removal needs no model
     control/         what shards share, learnt from permissive text only
     shards/          what is canonical: one directory a shard, named by its content
-    search/          what is derived: inverted lists, Lucene and suffixes over a group of shards
+    search/          what is derived: inverted lists, Lucene and sketches over a group of shards
+    ngrams/          likewise: suffixes over a larger one
     receipts/, log.jsonl   what was added and removed, by id and hash
     spool/           what an unfinished add has encoded: no part of the store
 
-Every directory under ``shards`` and ``search`` is written once, whole, under a name that holds the hash of its content.
-A change writes new directories, then replaces ``store.json``, then deletes what it no longer names; a process killed
-anywhere in between leaves the old store or the new one, and orphans that the next change collects.
+Every directory under ``shards``, ``search`` and ``ngrams`` is written once, whole, under a name that holds the hash of
+its content. A change writes new directories, then replaces ``store.json``, then deletes what it no longer names; a
+process killed anywhere in between leaves the old store or the new one, and orphans that the next change collects.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from datastore import history
 from datastore import spool as spooled
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
-from datastore.groups import build_group, cut_group, first_free_row, regroup
+from datastore.groups import KINDS
 from datastore.history import Receipt, receipt_row
 from datastore.integrity import refuse_strays, verify_directory
 from datastore.interchange import read_export, write_export
-from datastore.manifest import FORMAT, Group, Manifest, ShardEntry
+from datastore.manifest import FORMAT, Manifest, ShardEntry
+from datastore.regrouping import Change
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, Encoded, Shard, shard_name, slug, token_type, write_shard
 from datastore.snapshot import Snapshot
@@ -44,10 +46,12 @@ from silo.errors import LicenseError, StoreError, UsageError
 from silo.files import (
     canonical_json,
     exclusive_lock,
+    publish,
     read_checked,
     remove_tree,
     sha256,
     sha256_file,
+    staging,
     sync_directory,
     write_file,
 )
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
     from silo.language_model import LanguageModel
 
 SPOOL = "spool"
-PARTS = {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl", ".lock", SPOOL}
+PARTS = {"store.json", "tokenizer.json", "control", "shards", *KINDS, "receipts", "log.jsonl", ".lock", SPOOL}
 """All that a store's directory may hold."""
 
 Progress = Callable[[int, int], None]
@@ -82,9 +86,9 @@ class Store(Snapshot):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=place.parent, prefix=f".{place.name}.", ignore_cleanup_errors=True
-        ) as staging:
-            root = Path(staging) / "store"
-            for directory in (root, *(root / name for name in ("control", "shards", "search", "receipts"))):
+        ) as scratch:
+            root = Path(scratch) / "store"
+            for directory in (root, *(root / name for name in ("control", "shards", *KINDS, "receipts"))):
                 directory.mkdir()
             control_hash = control.save(root / "control")
             tokenizer = tokenizer_file.read_bytes()
@@ -342,16 +346,9 @@ class Store(Snapshot):
             entries.pop(name, None)
             if of_shard is not None:
                 entries[name], written[name] = self._write_shard(name, of_shard)
-        untouched = {
-            tuple(group.shards): group
-            for group in self.manifest.groups
-            if not changed.keys() & set(group.shards) and group.directory not in damaged
-        }
-        groups: list[Group] = []
-        for names in regroup(self.manifest.groups, entries, set(changed)):
-            known = untouched.pop(tuple(names), None)
-            groups.append(known or self._write_group(names, entries, [*untouched.values(), *groups], written))
-        manifest = replace(self.manifest, shards=entries, groups=groups, sequence=self.manifest.sequence + 1)
+        groups, ngrams = Change(self, entries, set(changed), written, damaged).groups()
+        sequence = self.manifest.sequence + 1
+        manifest = replace(self.manifest, shards=entries, groups=groups, ngrams=ngrams, sequence=sequence)
         receipt = Receipt.write(
             self.path / "receipts",
             {
@@ -377,45 +374,11 @@ class Store(Snapshot):
 
     def _write_shard(self, name: str, documents: Iterable[Encoded]) -> tuple[ShardEntry, Shard]:
         context = {"model": self.manifest.model["fingerprint"], "control": self.manifest.control}
-        with self._staging("shards") as directory:
+        with staging(self.path / "shards") as directory:
             digest, shard = write_shard(directory, documents, context=context)
             final = f"{slug(name)}-{digest[:16]}"
-            self._publish(directory, self.path / "shards" / final)
+            publish(directory, final)
         return ShardEntry(final, digest, len(shard.tokens), len(shard.rows)), shard
-
-    def _write_group(
-        self, names: list[str], entries: dict[str, ShardEntry], beside: Sequence[Group], at_hand: Mapping[str, Shard]
-    ) -> Group:
-        """Make the search structure of some shards, cut out of one that has more where there is such; shards at hand
-        need not be read again."""
-        shards = [entries[name] for name in names]
-        first_row = first_free_row(beside, entries, sum(entry.tokens for entry in shards))
-        whole = self._group_around(names, at_hand)
-        with self._staging("search") as directory:
-            if whole:
-                cut_group(directory, shards, whole, first_row=first_row)
-            else:
-                read = [at_hand.get(name) or self._read_shard(entries[name]) for name in names]
-                lists = len(self.control.centroids)
-                build_group(directory, read, shards, self.tokenizer, lists=lists, first_row=first_row)
-            content = sha256(canonical_json([entry.hash for entry in shards]))[:16]
-            final = f"{content}-{self.manifest.sequence + 1}"
-            self._publish(directory, self.path / "search" / final)
-        return Group(names, final, first_row)
-
-    @contextlib.contextmanager
-    def _staging(self, kind: str) -> Iterator[Path]:
-        """A directory that is nobody's until it is published."""
-        directory = self.path / kind / ".staging"
-        remove_tree(directory)
-        directory.mkdir()
-        yield directory
-
-    @staticmethod
-    def _publish(staged: Path, final: Path) -> None:
-        sync_directory(staged)
-        staged.rename(final)
-        sync_directory(final.parent)
 
     def _collect(self) -> list[str]:
         """Delete what the manifest does not name, and log a change that was committed but not logged.
@@ -424,7 +387,7 @@ class Store(Snapshot):
         """
         live = {
             "shards": {entry.directory for entry in self.manifest.shards.values()},
-            "search": {group.directory for group in self.manifest.groups},
+            **{kind: {group.directory for group in self.groups_of(kind)} for kind in KINDS},
         }
         collected = []
         for kind, names in live.items():
@@ -455,7 +418,12 @@ class Store(Snapshot):
             IntegrityError: a shard is damaged as well.
         """
         with self._writing():
-            damaged = [group.directory for group in self.manifest.groups if not self._is_sound(group)]
+            damaged = [
+                f"{kind}/{group.directory}"
+                for kind in KINDS
+                for group in self.groups_of(kind)
+                if not self.is_sound(kind, group)
+            ]
             if damaged:
                 told = {"damaged": damaged}
                 self._commit({}, "repair", [], request={}, reason="", told=told, damaged=damaged)
@@ -477,8 +445,9 @@ class Store(Snapshot):
             verify_directory(self.path / "control", "control.json", self.manifest.control)
             for entry in self.manifest.shards.values():
                 verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
-            for group in self.manifest.groups:
-                self._verify_group(group)
+            for kind in KINDS:
+                for group in self.groups_of(kind):
+                    self._verify_group(kind, group)
             signers = history.verify(
                 self.path / "log.jsonl", self.path / "receipts", self.manifest.sequence, self.manifest.receipt_sha256
             )
@@ -488,6 +457,7 @@ class Store(Snapshot):
             "hash": self.hash,
             "shards": len(self.manifest.shards),
             "groups": len(self.manifest.groups),
+            "ngram_groups": len(self.manifest.ngrams),
             "changes": self.manifest.sequence,
             "signed": sum(each is not None for each in signers),
             "signers": sorted({each for each in signers if each is not None}),

@@ -6,7 +6,7 @@
 A suffix ends with its document (law 3), and an end comes before any token. Suffixes of equal tokens come in the order
 of their rows. So the order of two suffixes depends on their own documents only: taking a document out of a group takes
 its entries out of these files, and changes no other but for the numbering of rows. Tokens are those of
-:mod:`datastore.keys`; they are not stored twice.
+:mod:`datastore.group_texts`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydivsufsort import divsufsort
 
-from datastore.shard import Shard
+from datastore.shard import Texts
 from silo.files import write_array
 
 FILES = ("rows.npy", "lengths.npy")
@@ -27,7 +27,7 @@ _MARK = 3
 """Units of the sorted text that stand for the end of a document: a zero, and the document's number."""
 
 
-def write_suffixes(directory: Path, shards: Sequence[Shard]) -> None:
+def write_suffixes(directory: Path, shards: Sequence[Texts]) -> None:
     """Write the suffixes of the documents of some shards, in order, into a directory that has none."""
     tokens = np.concatenate([shard.tokens for shard in shards])
     sizes = [row.end - row.begin for shard in shards for row in shard.rows]
@@ -46,8 +46,9 @@ def suffix_arrays(tokens: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, n
     Returns:
         What the files hold: where each suffix begins, and its length; (rows,) each.
     """
-    left = np.minimum(np.repeat(begins[1:], np.diff(begins)) - np.arange(len(tokens)), LONG).astype(np.uint8)
     rows = _sorted_rows(tokens, begins)
+    ends = np.repeat(begins[1:].astype(rows.dtype), np.diff(begins))
+    left = np.minimum(ends - np.arange(len(rows), dtype=rows.dtype), LONG).astype(np.uint8)
     return rows, left[rows]
 
 
@@ -56,23 +57,21 @@ def _sorted_rows(tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
     rows = len(tokens)
     if not rows:
         return np.zeros(0, dtype=row_type(0))
-    tokens = tokens.astype(np.int64)
     if tokens.max() >= 0xFFFF:  # The library sorts bytes: most groups use few enough tokens of a large vocabulary.
         tokens = np.unique(tokens, return_inverse=True)[1]
     unit = ">u2" if tokens.max() < 0xFFFF else ">u4"
     documents = np.arange(len(begins) - 1)
-    places = np.arange(rows) + np.repeat(documents * _MARK, np.diff(begins))
-    text = np.zeros(rows + _MARK * len(documents), dtype=unit)
-    text[places] = tokens + 1
-    # No two documents' ends are equal, so that no comparison goes beyond the end of a document.
     ends = begins[1:] + documents * _MARK
+    is_token = np.ones(rows + _MARK * len(documents), dtype=bool)
+    for at in range(_MARK):
+        is_token[ends + at] = False
+    text = np.zeros(len(is_token), dtype=unit)
+    text[is_token] = tokens.astype(unit) + 1
+    # No two documents' ends are equal, so that no comparison goes beyond the end of a document.
     text[ends + 1], text[ends + 2] = documents >> 16, documents & 0xFFFF
-    row_at = np.full(len(text), -1, dtype=np.int64)
-    row_at[places] = np.arange(rows)
     order = divsufsort(text.view(np.uint8))
-    size = text.itemsize
-    found = row_at[order[order & (size - 1) == 0] // size]
-    return found[found >= 0].astype(row_type(rows))
+    order = order[order % text.itemsize == 0] // text.itemsize
+    return (np.cumsum(is_token, dtype=row_type(rows)) - 1)[order[is_token[order]]]
 
 
 def row_type(rows: int) -> type:

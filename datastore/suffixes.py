@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datastore import matching
-from datastore.keys import KeyGroup
+from datastore.group_texts import GroupTexts
 from datastore.suffix_arrays import FILES
 from silo.errors import UsageError
 
@@ -35,24 +35,24 @@ class Found:
 class Suffixes:
     """The suffixes of a group, or of some of its documents, in order."""
 
-    def __init__(self, keys: KeyGroup, rows: np.ndarray, lengths: np.ndarray) -> None:
+    def __init__(self, texts: GroupTexts, rows: np.ndarray, lengths: np.ndarray) -> None:
         """``rows`` and ``lengths`` are what the files hold, or the same entries of both."""
-        self.keys = keys
+        self.texts = texts
         self._rows, self._lengths = _read_only(rows), _read_only(lengths)
-        self._begins, self._tokens = _read_only(keys.begins), _read_only(keys.tokens)
+        self._begins, self._tokens = _read_only(texts.begins), _read_only(texts.tokens)
         self._arrays = self._rows, self._lengths, self._begins, self._tokens
 
     @classmethod
-    def open(cls, keys: KeyGroup, directory: Path) -> Suffixes:
-        """Map what :func:`datastore.suffix_arrays.write_suffixes` wrote for the same documents as the keys'."""
+    def open(cls, texts: GroupTexts, directory: Path) -> Suffixes:
+        """Map what :func:`datastore.suffix_arrays.write_suffixes` wrote for the same documents."""
         rows, lengths = (np.asarray(np.load(directory / name, mmap_mode="r")) for name in FILES)
-        return cls(keys, rows, lengths)
+        return cls(texts, rows, lengths)
 
     def only(self, selected: np.ndarray) -> Suffixes:
         """The suffixes of some documents; ``selected`` is (documents,) bool."""
         of_row = np.repeat(selected, np.diff(self._begins))
         kept = of_row[self._rows]
-        return Suffixes(self.keys, self._rows[kept], self._lengths[kept])
+        return Suffixes(self.texts, self._rows[kept], self._lengths[kept])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datastore.bm25 import index_content
-from datastore.groups import build_group
+from datastore.groups import NGRAMS, PARTS, SEARCH, build_group, build_ngrams
 from datastore.shard import TOKEN_TYPES
 from datastore.sketches import sample
 from datastore.snapshot import Snapshot
@@ -48,25 +48,30 @@ def verify_derived(store: Snapshot) -> int:
         IntegrityError: one is not what its shards give; the file is named.
     """
     for group in store.manifest.groups:
-        directory = store.path / "search" / group.directory
+        directory = store.path / SEARCH / group.directory
         with tempfile.TemporaryDirectory() as scratch:
             entries = [store.manifest.shards[name] for name in group.shards]
             again, lists = Path(scratch), len(store.control.centroids)
             shards = [store.shard(name) for name in group.shards]
             build_group(again, shards, entries, store.tokenizer, lists=lists, first_row=group.first_row)
-            for name in ("keys", "sketches", "suffixes"):
-                for file in sorted((again / name).iterdir()):
-                    _require_equal(sha256_file(file), directory / name / file.name, sha256_file)
+            _require_equal(again, directory, ("keys", "sketches"))
             ours, theirs = index_content(directory / "blocks"), index_content(again / "blocks")
             if ours != theirs:
                 different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
                 raise _other_than_built(directory / "blocks", f" ({', '.join(different)})")
-    return len(store.manifest.groups)
+    for group in store.manifest.ngrams:
+        with tempfile.TemporaryDirectory() as scratch:
+            entries = [store.manifest.shards[name] for name in group.shards]
+            build_ngrams(Path(scratch), [store.read_texts(name) for name in group.shards], entries)
+            _require_equal(Path(scratch), store.path / NGRAMS / group.directory, PARTS[NGRAMS])
+    return len(store.manifest.groups) + len(store.manifest.ngrams)
 
 
-def _require_equal(expected: str, path: Path, digest: Any) -> None:
-    if not path.is_file() or digest(path) != expected:
-        raise _other_than_built(path)
+def _require_equal(built: Path, directory: Path, parts: Iterable[str]) -> None:
+    for file in (file for part in parts for file in sorted((built / part).iterdir())):
+        path = directory / file.relative_to(built)
+        if not path.is_file() or sha256_file(path) != sha256_file(file):
+            raise _other_than_built(path)
 
 
 def _other_than_built(path: Path, how: str = "") -> IntegrityError:

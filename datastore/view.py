@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from datastore.blocks import BlockIndex, selected_blocks
 from datastore.bm25 import K1, B
+from datastore.group_texts import GroupTexts
 from datastore.keys import KeyGroup
 from silo.errors import StoreError
 from silo.retrieval import PROBES, Metric
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
     from silo.nearest import Nearest
 
 
+Texts = TypeVar("Texts", bound=GroupTexts)
+
+
+class Part(NamedTuple, Generic[Texts]):
+    """A group, or a part of one."""
+
+    directory: Path
+    texts: Texts
+    """Its documents, with what this kind of group knows of them."""
+    selected: np.ndarray | None
+    """(documents,) bool, which of them count; None for all."""
+
+
 class View:
     """What some documents answer: the same as a store that holds only these, bit for bit.
 
@@ -33,52 +47,39 @@ class View:
     """
 
     def __init__(
-        self,
-        groups: Sequence[tuple[Path, KeyGroup]],
-        selected: Sequence[np.ndarray | None],
-        control: ControlPlane,
+        self, groups: Sequence[Part[KeyGroup]], ngrams: Sequence[Part[GroupTexts]], control: ControlPlane
     ) -> None:
-        """Look at a part of some groups.
-
-        Args:
-            groups: their directories and keys.
-            selected: for each, which documents count, (documents,) bool; None for all.
-            control: the store's.
-        """
-        narrowed = [None if mask is None or mask.all() else mask for mask in selected]
-        there = [number for number, mask in enumerate(narrowed) if mask is None or mask.any()]
-        self._groups = [groups[number] for number in there]
-        self._selected = [narrowed[number] for number in there]
-        self._control = control
+        """Look at the same documents in groups of both kinds, as :mod:`datastore.groups` has them; ``control`` is the
+        store's."""
+        self._groups, self._ngrams, self._control = _narrowed(groups), _narrowed(ngrams), control
 
     @property
     def num_documents(self) -> int:
         """How many documents there are."""
-        pairs = zip(self._groups, self._selected, strict=True)
-        return sum(len(keys.ids) if mask is None else int(mask.sum()) for (_, keys), mask in pairs)
+        return sum(len(each.texts.ids) if each.selected is None else int(each.selected.sum()) for each in self._groups)
 
     def _require_files(self) -> None:
         """Raise :class:`silo.errors.StoreError` where they are gone: what is mapped could be read all the same."""
-        for directory, _ in self._groups:
+        for directory in (*(each.directory for each in self._groups), *(each.directory for each in self._ngrams)):
             if not directory.is_dir():
                 raise StoreError(f"{directory.parents[1]} was changed since it was opened; open it again")
 
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index, mapped from disk; ``probes`` and ``metric`` are as in :class:`silo.nearest.Nearest`."""
         self._require_files()
-        groups = [keys for _, keys in self._groups]
         from datastore.knn import NeighbourIndex  # which needs torch
 
-        return NeighbourIndex(groups, self._control, self._selected, probes=probes, metric=metric)
+        groups, selected = [each.texts for each in self._groups], [each.selected for each in self._groups]
+        return NeighbourIndex(groups, self._control, selected, probes=probes, metric=metric)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
         self._require_files()
         indexes = [
             directory / "blocks" if mask is None else selected_blocks(directory / "blocks", keys, mask)
-            for (directory, keys), mask in zip(self._groups, self._selected, strict=True)
+            for directory, keys, mask in self._groups
         ]
-        return BlockIndex(indexes, [keys for _, keys in self._groups], k1=k1, b=b)
+        return BlockIndex(indexes, [each.texts for each in self._groups], k1=k1, b=b)
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram, mapped from disk."""
@@ -86,7 +87,8 @@ class View:
         from datastore.ngrams import NgramIndex  # which needs numba
         from datastore.suffixes import Suffixes
 
-        return NgramIndex([Suffixes.open(keys, path / "suffixes") for path, keys in self._groups], self._selected)
+        groups = [Suffixes.open(each.texts, each.directory / "suffixes") for each in self._ngrams]
+        return NgramIndex(groups, [each.selected for each in self._ngrams])
 
     def mixture(
         self,
@@ -115,3 +117,10 @@ class View:
             in_context=in_context,
             nearest=way,
         )
+
+
+def _narrowed(parts: Sequence[Part[Texts]]) -> list[Part[Texts]]:
+    """Those that have any documents; those that have all say so."""
+    filled = [each for each in parts if each.selected is None or each.selected.any()]
+    whole = [each.selected is None or each.selected.all() for each in filled]
+    return [each._replace(selected=None) if all else each for all, each in zip(whole, filled, strict=True)]

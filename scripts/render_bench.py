@@ -12,7 +12,7 @@ from recording import provenance
 from render_model import columns
 from render_store import large_owner
 
-from datastore.groups import GROUP_TOKENS
+from datastore.groups import GROUP_TOKENS, NGRAMS, TIMES
 
 MIXED = {"mixing": "a small model trained here", "mixing_smollm2": "SmolLM2-135M"}
 SCORED = {"evaluation": "the quickstart's model", "evaluation_smollm2": "SmolLM2-135M"}
@@ -272,8 +272,9 @@ largest size cannot do without would take at the machine's best, over what it to
 
 {(chr(10) * 2).join(tables)}
 
-Opening is that of a store too large to be checked meanwhile. Removing one document rewrites the group that it is in, \
-of {GROUP_TOKENS / 1e6:.0f} M tokens at most, and so grows no further.
+Opening is that of a store too large to be checked meanwhile. Removing one document rewrites the groups that it is in, \
+of {GROUP_TOKENS / 1e6:.0f} M tokens with keys and {TIMES[NGRAMS] * GROUP_TOKENS / 1e6:.0f} M of ∞-grams at most, and \
+grows no further from there on.
 
 From the largest size by the exponent, on one machine like this, far beyond what was measured:
 

@@ -112,9 +112,9 @@ def ngram(record: dict[str, Any]) -> str:
     )
     return f"""## The ∞-gram
 
-Restricted text dealt out to 1, 200 and 2,000 owners; windows of 1,024 tokens of other documents are scored. The \
-merged index is one suffix array; infini-gram's engine has the same tokens and is called once a token, as its \
-interface asks. {record["rounds"]} rounds in turn, medians.
+Restricted text dealt out to 1, 200 and 2,000 owners, the last also to smaller groups than a store makes; windows of \
+1,024 tokens of other documents are scored. The merged index is one suffix array; infini-gram's engine has the same \
+tokens and is called once a token, as its interface asks. {record["rounds"]} rounds in turn, medians.
 
 {provenance(record)}
 

@@ -196,6 +196,22 @@ def remove_tree(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """An empty directory in another, which is nobody's until it is published."""
+    directory = parent / ".staging"
+    remove_tree(directory)
+    directory.mkdir()
+    yield directory
+
+
+def publish(staged: Path, name: str) -> None:
+    """Give a directory that is whole its name, durably."""
+    sync_directory(staged)
+    staged.rename(staged.with_name(name))
+    sync_directory(staged.parent)
+
+
+@contextlib.contextmanager
 def exclusive_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a file lock for one writer. The kernel frees it when the process dies, however it dies.
 

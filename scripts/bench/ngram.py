@@ -3,8 +3,9 @@
     pip install '.[bench]'
     python scripts/bench ngram CORPUS/*.jsonl.zst > scripts/results/ngram.json
 
-Restricted documents are dealt out to 1, 200 and 2,000 owners, whose shards share groups as in a store. The peer is one
-merged index of the same documents; all take turns at scoring the same windows of documents that are in none of them.
+Restricted documents are dealt out to 1, 200 and 2,000 owners, whose shards share groups as in a store, and those of the
+most owners to smaller groups as well: so much does each group cost of a store that has several. The peer is one merged
+index of the same documents; all take turns at scoring the same windows of documents that are in none of them.
 infini-gram (Liu 2024) gets the same tokens, with one more separator at the end, and takes turns too: one call a token
 with all of the tokens before it, which is how its interface scores a sequence. The tokenizer learns from the permissive
 documents.
@@ -35,8 +36,8 @@ from recording import files_hash
 from bench import ceiling
 from bench.harness import WrongResult, compete, say, subject
 from bench.profiling import functions
-from datastore.groups import regroup
-from datastore.keys import KeyGroup, write_keys
+from datastore.group_texts import GroupTexts, write_texts
+from datastore.groups import GROUP_TOKENS, NGRAMS, PARTS, SEARCH, regroup
 from datastore.manifest import Group, ShardEntry
 from datastore.ngrams import NgramIndex
 from datastore.shard import Encoded, write_shard
@@ -51,6 +52,8 @@ from training.tokens import train_tokenizer
 
 OWNERS = (1, 200, 2000)
 TOKENS = (3_900_000, 16_000_000)
+SMALL = f"{OWNERS[-1]} in groups of {GROUP_TOKENS / 1e6:.0f} M"
+"""The most owners' documents in groups as small as those of keys."""
 WINDOW = 1024
 BATCH = 8
 SEPARATOR = 0xFFFF
@@ -131,13 +134,16 @@ def measure(
     begin = time.perf_counter()
     merged = index([[held]], root / "merged")
     building = time.perf_counter() - begin
-    opened = {n: dealt(held, n, root / str(n)) for n in OWNERS}
+    opened = {str(n): dealt(held, n, root / str(n)) for n in OWNERS}
+    small = dealt(held, OWNERS[-1], root / "small", SEARCH)
+    if len(small.groups) > len(opened[str(OWNERS[-1])].groups):
+        opened[SMALL] = small
     say(f"groups: { {n: len(each.groups) for n, each in opened.items()} }")
     engine, peer_building = infini_gram(root / "peer", held)
     part = queries[0][:peer_tokens]
     calls: dict[str, tuple[int, Callable[[], Any]]] = {}
     for batch in (1, BATCH):
-        for name, each in {"merged": merged, **{str(n): each for n, each in opened.items()}}.items():
+        for name, each in {"merged": merged, **opened}.items():
             named = name if batch == 1 else f"{name}, {batch} windows a call"
             calls[named] = (WINDOW * len(queries), partial(match_all, each, queries, batch))
     calls["infini-gram"] = (len(part), lambda: scored(engine, part))
@@ -152,8 +158,8 @@ def measure(
     return {
         "tokens": sum(len(each.tokens) for each in held),
         "documents": len(held),
-        "groups": {str(n): len(each.groups) for n, each in opened.items()},
-        "seconds_to_write_keys_and_suffixes_of_one_group": building,
+        "groups": {name: len(each.groups) for name, each in opened.items()},
+        "seconds_to_write_one_group": building,
         "seconds_to_build_infini_gram": peer_building,
         "tokens_per_second": {name: contest.rate(name).value for name in calls},
         **{f"ratio_to_{peer}": {n: v.value for n, v in each.items()} for peer, each in ratios.items()},
@@ -170,12 +176,12 @@ def match_all(searched: NgramIndex, queries: list[np.ndarray], batch: int) -> No
         searched.match(queries[at : at + batch])
 
 
-def dealt(held: list[Encoded], owners: int, root: Path) -> NgramIndex:
-    """Documents of so many owners, in the groups that a store would put their shards in."""
+def dealt(held: list[Encoded], owners: int, root: Path, kind: str = NGRAMS) -> NgramIndex:
+    """Documents of so many owners, in the groups of a kind that a store would put their shards in."""
     names = {f"owner {number}": held[number::owners] for number in range(owners) if held[number::owners]}
     entries = {name: ShardEntry(name, "", sum(len(each.tokens) for each in of), len(of)) for name, of in names.items()}
     groups: list[Group] = []
-    for planned in regroup(groups, entries, set()):
+    for planned in regroup(groups, entries, set(), kind):
         groups.append(Group(planned, "", 0))
     return index([[names[name] for name in group.shards] for group in groups], root)
 
@@ -185,18 +191,18 @@ def index(groups: list[list[list[Encoded]]], root: Path) -> NgramIndex:
     opened, row = [], 0
     for number, of_group in enumerate(groups):
         directory = root / str(number)
-        for part in ("keys", "suffixes"):
+        for part in PARTS[NGRAMS]:
             (directory / part).mkdir(parents=True)
         shards = []
         for at, documents in enumerate(of_group):
             (directory / str(at)).mkdir()
             shards.append(write_shard(directory / str(at), documents, context={})[1])
         rows = [each for shard in shards for each in shard.rows]
-        write_keys(directory / "keys", shards, lists=1, first_row=row)
+        write_texts(directory / "texts", shards)
         write_suffixes(directory / "suffixes", shards)
-        keys = KeyGroup(directory / "keys", first_row=row, document=rows.__getitem__)
-        opened.append(Suffixes.open(keys, directory / "suffixes"))
-        row += keys.rows
+        texts = GroupTexts(directory / "texts", first_row=row, document=rows.__getitem__)
+        opened.append(Suffixes.open(texts, directory / "suffixes"))
+        row += texts.rows
     return NgramIndex(opened)
 
 

@@ -201,7 +201,7 @@ def test_store_of_another_format_is_refused(store, bytes_of):
     content = read_sealed(store / "store.json")
     (store / "store.json").write_bytes(sealed({**content, "format": 99}))
     before = bytes_of(store)
-    assert "has format 99; this version reads format 4: make the store anew" in refused(
+    assert "has format 99; this version reads format 5: make the store anew" in refused(
         "datastore", "verify", store, code=2
     )
     assert bytes_of(store) == before
@@ -235,7 +235,7 @@ def test_any_flipped_byte_is_found_and_named(store, bytes_of):
     """In every file of a store, a bit flipped at the start, at the end or between makes ``verify`` name the file."""
     files = bytes_of(store)
     kinds = {name.partition("/")[0] for name in files}
-    assert kinds == {"store.json", "tokenizer.json", "control", "shards", "search", "receipts", "log.jsonl"}
+    assert kinds == {"store.json", "tokenizer.json", "control", "shards", "search", "ngrams", "receipts", "log.jsonl"}
     for name, data in files.items():
         for at in {0, len(data) // 3, len(data) // 2, len(data) - 1}:
             flip(store / name, at)

@@ -19,6 +19,7 @@ import pytest
 
 import silo.files
 from datastore import bm25
+from datastore.groups import KINDS
 from datastore.integrity import refuse_strays
 from datastore.store import PARTS, Selection, Store
 from silo.errors import StoreError
@@ -348,7 +349,8 @@ def no_orphans(store):
     manifest = store.manifest
     refuse_strays(store.path, PARTS)
     refuse_strays(store.path / "shards", {entry.directory for entry in manifest.shards.values()})
-    refuse_strays(store.path / "search", {group.directory for group in manifest.groups})
+    for kind in KINDS:
+        refuse_strays(store.path / kind, {group.directory for group in store.groups_of(kind)})
     assert len(list((store.path / "receipts").iterdir())) == len(store.log()) == manifest.sequence
 
 
@@ -377,7 +379,7 @@ def test_killed_right_after_the_commit(make_store, model, short, bytes_of, serve
     if finisher == "verify":
         collected = opened.verify()["collected"]
         assert [name.partition("-")[0] for name in collected if name.startswith("shards/")] == ["shards/ada"]
-        assert len(collected) == 2
+        assert [name.partition("/")[0] for name in collected] == ["shards", "search", "ngrams"]
     else:
         opened.add([short[3]], model)
         assert list(opened.rows()) == ["Ada", "Grace"]

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from datastore import bm25, groups
+from datastore import bm25, groups, regrouping, shard
 from datastore.bm25 import Block, build_index, cut_index, index_content
 from datastore.selection import Selection
-from datastore.shard import Shard
 from datastore.verification import verify_derived
 from silo.errors import StoreError
 
@@ -23,22 +22,33 @@ REMOVALS = {
 
 @pytest.fixture
 def built(monkeypatch):
-    """The directories that Lucene's part was built anew in."""
-    directories, real = [], bm25.build_index
+    """The kinds of which groups were built anew, in order."""
+    kinds = []
 
-    def build_index(directory, blocks):
-        directories.append(directory)
-        real(directory, blocks)
+    def spied(real, kind):
+        def build(*given, **named):
+            kinds.append(kind)
+            real(*given, **named)
 
-    monkeypatch.setattr(bm25, "build_index", build_index)
-    return directories
+        return build
+
+    monkeypatch.setattr(regrouping, "build_group", spied(regrouping.build_group, groups.SEARCH))
+    monkeypatch.setattr(regrouping, "build_ngrams", spied(regrouping.build_ngrams, groups.NGRAMS))
+    return kinds
 
 
 def content(store):
-    """What the store's one search structure holds."""
-    (group,) = (store.path / "search").iterdir()
-    arrays = {path: path.read_bytes() for part in ("keys", "sketches", "suffixes") for path in (group / part).iterdir()}
-    return {path.relative_to(group): data for path, data in arrays.items()} | index_content(group / "blocks")
+    """What the store's search structures hold, one of each kind."""
+    group, ngrams = (next((store.path / kind).iterdir()) for kind in groups.KINDS)
+    parts = [group / "keys", group / "sketches", ngrams / "texts", ngrams / "suffixes"]
+    arrays = {f"{part.name}/{path.name}": path.read_bytes() for part in parts for path in part.iterdir()}
+    return arrays | index_content(group / "blocks")
+
+
+def part_of(store, name):
+    """Where a part of its search structures is, which are one of each kind."""
+    (part,) = store.path.glob(f"*/*/{name}")
+    return part
 
 
 @pytest.mark.parametrize("ids", REMOVALS.values(), ids=REMOVALS)
@@ -55,7 +65,7 @@ def test_what_is_cut_is_what_would_be_built(make_store, documents, model, ids, b
         "segments_2",
     }
     store.verify()
-    assert verify_derived(store) == 1
+    assert verify_derived(store) == 2
 
 
 def test_documents_without_words_or_keys_are_cut(make_store, documents, model):
@@ -68,7 +78,7 @@ def test_documents_without_words_or_keys_are_cut(make_store, documents, model):
         fresh = make_store(f"fresh{number}", [documents[0], documents[2]])
         fresh.add([odd[1], odd[3]], model, keyed=keyed)
         assert content(store) == content(fresh)
-        assert verify_derived(store) == 1
+        assert verify_derived(store) == 2
 
 
 def test_rows_are_numbered_anew(make_store, documents, monkeypatch, built):
@@ -81,35 +91,40 @@ def test_rows_are_numbered_anew(make_store, documents, monkeypatch, built):
     store.remove(Selection(documents=("Grace/1", "Mary/2")))
     assert not built
     assert all(group.first_row < first_rows[group.shards[0]] for group in store.manifest.groups)
-    assert verify_derived(store) == 2
+    assert verify_derived(store) == 4
 
 
 def test_no_other_owners_shard_is_read(make_store, documents, monkeypatch):
     """Of the shards a removal reads the one that loses a part of its documents, and none that goes as a whole."""
-    store, read, real = make_store("store", documents), [], Shard.read
+    store, read = make_store("store", documents), []
 
-    def spy(directory, expected):
-        read.append(directory.name.partition("-")[0])
-        return real(directory, expected)
+    def spied(real):
+        def spy(directory, *rest):
+            read.append(directory.name.partition("-")[0])
+            return real(directory, *rest)
 
-    monkeypatch.setattr(Shard, "read", spy)
+        return spy
+
+    for of, name in ((shard.Shard, "read"), (shard.Texts, "read"), (shard, "read_rows")):
+        monkeypatch.setattr(of, name, spied(getattr(of, name)))
     store.remove(Selection(documents=("Ada/1",)))
-    assert read == ["ada"]
+    assert set(read) == {"ada"}
+    read.clear()
     store.remove(Selection(owners=("Grace",)))
-    assert read == ["ada"]
+    assert set(read) == {"grace"}
 
 
-@pytest.mark.parametrize("part", ["blocks", "keys", "sketches", "suffixes"])
+@pytest.mark.parametrize("part", ["blocks", "keys", "sketches", "texts", "suffixes"])
 @pytest.mark.parametrize("how", ["changed", "missing", "of other shards"])
 def test_nothing_is_cut_out_of_what_is_damaged(make_store, documents, built, part, how):
     """A search structure that is not what was built is built anew, as if the removal had found none."""
     store = make_store("store", documents)
-    (group,) = (store.path / "search").iterdir()
-    file = max((group / part).iterdir(), key=lambda path: path.stat().st_size)
+    place = part_of(store, part)
+    file = max(place.iterdir(), key=lambda path: path.stat().st_size)
     if how == "of other shards":
-        (other,) = (make_store("other", documents[:5]).path / "search").iterdir()
-        shutil.rmtree(group)
-        shutil.copytree(other, group)
+        other = part_of(make_store("other", documents[:5]), part)
+        shutil.rmtree(place.parent)
+        shutil.copytree(other.parent, place.parent)
     elif how == "missing":
         file.unlink()
     else:
@@ -118,7 +133,7 @@ def test_nothing_is_cut_out_of_what_is_damaged(make_store, documents, built, par
         file.write_bytes(data)
     built.clear()
     store.remove(Selection(documents=("Ada/0",)))
-    assert len(built) == 1
+    assert built == [place.parent.parent.name]
     assert content(store) == content(make_store("fresh", [each for each in documents if each.id != "Ada/0"]))
     store.verify()
 
@@ -128,11 +143,11 @@ def test_an_add_is_built(make_store, documents, model, built):
     store = make_store("store", documents[:6])
     built.clear()
     store.add(documents[6:7], model)
-    assert len(built) == 1
+    assert built == ["search", "ngrams"]
     store.remove(Selection(documents=(documents[6].id,)))
     store.add([replace(documents[6], text=documents[7].text)], model)
-    assert len(built) == 2
-    assert verify_derived(store) == 1
+    assert built == ["search", "ngrams"] * 2
+    assert verify_derived(store) == 2
 
 
 def test_indexes_of_several_parts_are_cut_to_the_same(monkeypatch, tmp_path):

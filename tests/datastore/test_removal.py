@@ -235,25 +235,25 @@ def test_a_short_text_is_found_until_it_is_gone(make_store, distinct, text):
     assert list(find_traces(store, short)) == []
 
 
-@pytest.mark.parametrize("part", ["blocks", "sketches", "keys", "suffixes"])
+@pytest.mark.parametrize("part", ["blocks", "sketches", "keys", "texts", "suffixes"])
 def test_deep_verification_compares_what_is_derived(make_store, distinct, part):
     """A search structure that was made of something else, with every checksum made good, is found and named."""
     store = make_store("store", distinct)
-    assert said("verify", store.path, "--deep")["rebuilt_and_equal"] == 1
+    assert said("verify", store.path, "--deep")["rebuilt_and_equal"] == 2
     other = make_store("other", [replace(each, text=each.text + " ".join(map(str, range(200)))) for each in distinct])
-    (mine,), (theirs,) = ((each.path / "search").iterdir() for each in (store, other))
-    for path in (mine / part).iterdir():
+    (mine,), (theirs,) = (each.path.glob(f"*/*/{part}") for each in (store, other))
+    for path in mine.iterdir():
         path.unlink()
-    for path in (theirs / part).iterdir():
-        (mine / part / path.name).write_bytes(path.read_bytes())
-    groups._seal(mine, [store.manifest.shards[name] for name in store.manifest.groups[0].shards])
+    for path in theirs.iterdir():
+        (mine / path.name).write_bytes(path.read_bytes())
+    groups._seal(mine.parent, [store.manifest.shards[name] for name in store.manifest.groups[0].shards])
     assert run("verify", store.path).exit_code == 0
     result = run("verify", store.path, "--deep")
     assert result.exit_code == 1
-    assert f"{mine / part}" in result.stderr
+    assert f"{mine}" in result.stderr
     named = Path(result.stderr.removeprefix("error: ").partition(" is not what its shards give")[0])
     shutil.rmtree(named) if named.is_dir() else named.unlink()  # as it advises
-    assert said("verify", store.path, "--repair", "--deep")["rebuilt_and_equal"] == 1
+    assert said("verify", store.path, "--repair", "--deep")["rebuilt_and_equal"] == 2
 
 
 def test_show_tells_what_a_store_is(make_store, distinct, model):
@@ -262,7 +262,7 @@ def test_show_tells_what_a_store_is(make_store, distinct, model):
     shown = said("show", store.path)
     assert shown["model"] == model.fingerprint
     assert (shown["documents"], shown["tokens"]) == (12, sum(row["tokens"] for row in shown["shards"]))
-    assert {"control_lists", "control_codes", "hash", "groups", "changes"} <= shown.keys()
+    assert {"control_lists", "control_codes", "hash", "groups", "ngram_groups", "changes"} <= shown.keys()
     text = run("show", store.path).stdout
     for words in ("model", "Ada", "GPL-3.0-only"):
         assert words in text

@@ -26,9 +26,9 @@ def change(group):
 
 DAMAGE = {
     "changed": change,
-    "a file missing": lambda group: (group / "suffixes" / "rows.npy").unlink(),
+    "a file missing": lambda group: next(group.rglob("*.npy")).unlink(),
     "all missing": shutil.rmtree,
-    "a file too many": lambda group: (group / "blocks" / "_9.fdt").write_bytes(b"text"),
+    "a file too many": lambda group: (next(group.rglob("*.npy")).parent / "more").write_bytes(b"text"),
     "another's": lambda group: (group / groups.INDEX).write_bytes(b"{}"),
 }
 
@@ -40,21 +40,27 @@ def store(make_store, documents, monkeypatch):
     return make_store("store", documents[:6])
 
 
+def named(store, kind):
+    """The groups of a kind, as a repair names them."""
+    return [f"{kind}/{group.directory}" for group in store.groups_of(kind)]
+
+
+@pytest.mark.parametrize("kind", groups.KINDS)
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_what_is_damaged_is_built_anew(store, damage, answers):
+def test_what_is_damaged_is_built_anew(store, damage, kind, answers):
     """Only that; the store has the hash and the answers that it had, and the log says what was done."""
-    before, expected = [group.directory for group in store.manifest.groups], answers(store)
-    damage(store.path / "search" / before[1])
+    before, expected = {each: named(store, each) for each in groups.KINDS}, answers(store)
+    damage(store.path / before[kind][1])
     found = run("verify", store.path)
     assert found.exit_code == 1
     assert found.stderr.rstrip().endswith("`silo datastore verify --repair` rebuilds it")
     done = run("verify", store.path, "--repair", "--deep", "--json")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["repaired"], result["rebuilt_and_equal"]) == ([before[1]], 3)
+    assert (result["repaired"], result["rebuilt_and_equal"]) == ([before[kind][1]], 6)
     opened = Store.open(store.path)
-    after = [group.directory for group in opened.manifest.groups]
-    assert [each in after for each in before] == [True, False, True]
+    for each, names in before.items():
+        assert [name in named(opened, each) for name in names] == [True, each != kind, True]
     assert answers(opened) == expected
     assert [line["operation"] for line in opened.log()] == ["add", "repair"]
     assert run("verify", store.path, "--repair").exit_code == 0

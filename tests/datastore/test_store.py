@@ -273,12 +273,14 @@ def inodes(directory):
 
 
 def test_grouping_changes_no_answer(make_store, mixed, answers, fresh_answers, monkeypatch):
-    """With a group for each shard, or for pairs of small ones, every answer is that of one group for all."""
+    """With a group for each shard, or for pairs of small ones, or such for ∞-grams alone, every answer is that of one
+    group for all."""
     expected = fresh_answers({document.id for document in mixed})
-    for name, bound, count in (("single", 1, 4), ("pairs", 2900, 3)):
+    for name, bound, times, counts in (("single", 1, 8, (4, 4)), ("pairs", 2900, 1, (3, 3)), ("both", 1, 2900, (4, 3))):
         monkeypatch.setattr(groups, "GROUP_TOKENS", bound)
+        monkeypatch.setitem(groups.TIMES, groups.NGRAMS, times)
         store = make_store(name, mixed)
-        assert len(store.manifest.groups) == count
+        assert (len(store.manifest.groups), len(store.manifest.ngrams)) == counts
         assert answers(store) == expected
 
 
@@ -319,15 +321,18 @@ def test_groups_are_checked_when_opened_if_all_together_are_small(make_store, mi
 def test_removal_rewrites_only_the_group_that_it_touches(make_store, mixed, monkeypatch):
     """Other groups and other shards are the very directories that they were, in which no file was written."""
     monkeypatch.setattr(groups, "GROUP_TOKENS", 2900)
-    store = make_store("store", mixed)
-    touched = next(group for group in store.manifest.groups if "Ada" in group.shards)
-    before = {kind: inodes(store.path / kind) for kind in ("shards", "search")}
-    times = {path: path.stat().st_mtime_ns for path in store.path.glob("s*/*/*")}
+    monkeypatch.setitem(groups.TIMES, groups.NGRAMS, 1)
+    store, kinds = make_store("store", mixed), ("shards", *groups.KINDS)
+    touched = {
+        kind: {group.directory for group in store.groups_of(kind) if "Ada" in group.shards} for kind in groups.KINDS
+    }
+    before = {kind: inodes(store.path / kind) for kind in kinds}
+    times = {path: path.stat().st_mtime_ns for kind in kinds for path in (store.path / kind).glob("*/*")}
     store.remove(Selection(documents=("Ada/0",)))
-    after = {kind: inodes(store.path / kind) for kind in ("shards", "search")}
-    assert before["search"].keys() - after["search"].keys() == {touched.directory}
+    after = {kind: inodes(store.path / kind) for kind in kinds}
+    assert {kind: before[kind].keys() - after[kind].keys() for kind in groups.KINDS} == touched
     assert {name.partition("-")[0] for name in before["shards"].keys() - after["shards"].keys()} == {"ada"}
-    for kind in ("shards", "search"):
+    for kind in kinds:
         kept = before[kind].keys() & after[kind].keys()
         assert len(kept) == len(before[kind]) - 1
         assert {name: before[kind][name] for name in kept} == {name: after[kind][name] for name in kept}
@@ -338,11 +343,12 @@ def test_removing_a_whole_group_writes_no_search_structure(make_store, mixed, mo
     """A removed shard that had its group to itself is deleted with it, and nothing is built."""
     monkeypatch.setattr(groups, "GROUP_TOKENS", 1)
     store = make_store("store", mixed)
-    before = inodes(store.path / "search")
+    before = [inodes(store.path / kind) for kind in groups.KINDS]
     store.remove(Selection(owners=("Ada",)))
-    after = inodes(store.path / "search")
-    assert after.items() < before.items()
-    assert len(after) == len(before) - 1
+    for was, kind in zip(before, groups.KINDS, strict=True):
+        after = inodes(store.path / kind)
+        assert after.items() < was.items()
+        assert len(after) == len(was) - 1
 
 
 names = st.sampled_from("abcdefgh")
@@ -368,16 +374,19 @@ def test_row_numbers_of_groups_never_overlap(states):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.lists(entries, min_size=1, max_size=6))
-def test_groups_are_bounded_and_move_only_for_cause(states):
-    """Through any changes each shard is in one group, groups keep the bound, and a removal touches its own only."""
+@given(st.lists(entries, min_size=1, max_size=6), st.sampled_from([(groups.SEARCH, 100), (groups.NGRAMS, 50)]))
+def test_groups_are_bounded_and_move_only_for_cause(states, of):
+    """Through any changes each shard is in one group, groups keep the bound of their kind, and a removal touches its
+    own only."""
+    kind, tokens = of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "GROUP_TOKENS", 100)
+        patch.setattr(groups, "GROUP_TOKENS", tokens)
+        patch.setitem(groups.TIMES, groups.NGRAMS, 2)
         planned, live = [], {}
         for state in states:
             changed = {name for name in state.keys() | live.keys() if state.get(name) != live.get(name)}
             before = [Group(list(members), "x", 0) for members in planned]
-            planned = regroup(before, state, changed)
+            planned = regroup(before, state, changed, kind)
             assert [group.shards for group in before] == [sorted(group.shards) for group in before]
             assert sorted(itertools.chain(*planned)) == sorted(state)
             for members in planned:

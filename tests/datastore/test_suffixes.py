@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from datastore import kinds as remembered
 from datastore import runs, suffixes
-from datastore.keys import id_hash
+from datastore.group_texts import id_hash
 from datastore.ngrams import Counts, NgramIndex
 from datastore.shard import DocumentRow
 from datastore.suffix_arrays import suffix_arrays

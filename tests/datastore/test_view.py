@@ -63,16 +63,22 @@ def ask(source, model, documents):
     }
 
 
-@pytest.fixture(scope="module", params=["one group", "a group for each shard"])
+GROUPS = {"one group": (1, 1), "a group for each shard": (3, 3), "larger groups for ∞-grams": (3, 2)}
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def many(request, various, model, model_dir, control, tmp_path_factory):
     """A store of all of them."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param != "one group":
+        if request.param == "a group for each shard":
             patch.setattr(groups, "ALONE_TOKENS", 1)
+        elif request.param == "larger groups for ∞-grams":
+            patch.setattr(groups, "GROUP_TOKENS", 1)
+            patch.setitem(groups.TIMES, groups.NGRAMS, 4000)
         path = tmp_path_factory.mktemp("many") / "store"
         store = Store.create(path, model, model_dir / "tokenizer.json", control)
         store.add(various, model)
-    assert len(store.manifest.groups) == (1 if request.param == "one group" else len(store.manifest.shards))
+    assert (len(store.manifest.groups), len(store.manifest.ngrams)) == GROUPS[request.param]
     return store
 
 
@@ -90,8 +96,8 @@ def test_view_is_the_store_of_its_documents(many, make_store, model, various, ch
 def test_view_reads_the_rows_of_mixed_shards_only(many, monkeypatch):
     """Choosing by owner or shard reads no document rows but those of the shards that are named."""
     read = []
-    real = type(many)._rows
-    monkeypatch.setattr(type(many), "_rows", lambda self, name: read.append(name) or real(self, name))
+    real = type(many).rows_of
+    monkeypatch.setattr(type(many), "rows_of", lambda self, name: read.append(name) or real(self, name))
     many.select(allow=Selection(shards=("Ada",)))
     assert read == []
     many.select(deny=Selection(owners=("Ada",)))
