@@ -15,7 +15,7 @@ import numpy as np
 
 from datastore.shard import DocumentRow
 from datastore.suffix_arrays import FILES, row_type
-from silo.files import write_array
+from silo.files import load_array, write_array
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Whole:
 
 def cut_sketches(directory: Path, whole: Whole) -> None:
     """Write what :func:`datastore.sketches.write_sketches` would write of the documents that stay."""
-    hashes, documents = (np.load(whole.directory / "sketches" / f"{name}.npy") for name in ("hashes", "documents"))
+    hashes, documents = (load_array(whole.directory / "sketches" / f"{name}.npy") for name in ("hashes", "documents"))
     stays, numbers = whole.kept[documents], _counted(whole.kept, documents.dtype)
     write_array(directory / "hashes.npy", hashes[stays])
     write_array(directory / "documents.npy", numbers[documents[stays]])
@@ -45,7 +45,7 @@ def cut_sketches(directory: Path, whole: Whole) -> None:
 def cut_suffixes(directory: Path, whole: Whole, of_row: np.ndarray) -> None:
     """Write what :func:`datastore.suffix_arrays.write_suffixes` would write of the documents that stay, of which each
     row is or is not, (rows,) bool."""
-    rows, lengths = (np.load(whole.directory / "suffixes" / name) for name in FILES)
+    rows, lengths = (load_array(whole.directory / "suffixes" / name) for name in FILES)
     stays, numbers = of_row[rows], _counted(of_row, row_type(int(of_row.sum())))
     write_array(directory / FILES[0], numbers[rows[stays]])
     write_array(directory / FILES[1], lengths[stays])

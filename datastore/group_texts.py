@@ -16,7 +16,7 @@ import numpy as np
 
 from datastore.shard import DocumentRow, Texts
 from silo.errors import IntegrityError
-from silo.files import sha256, write_array, write_rows
+from silo.files import load_array, sha256, write_array, write_rows
 
 
 def id_hash(document_id: str) -> int:
@@ -53,9 +53,9 @@ class GroupTexts:
         """
         self.first_row = first_row
         self.document = document
-        self.tokens = np.load(directory / "tokens.npy", mmap_mode="r")
-        self.begins = np.load(directory / "begins.npy", mmap_mode="r")
-        self.ids = np.load(directory / "ids.npy", mmap_mode="r")
+        self.tokens = load_array(directory / "tokens.npy", mapped=True)
+        self.begins = load_array(directory / "begins.npy", mapped=True)
+        self.ids = load_array(directory / "ids.npy", mapped=True)
         self.rows = len(self.tokens)
         if self.begins[-1] != self.rows:
             raise IntegrityError(f"{directory} has {self.rows} tokens, not {self.begins[-1]}; restore it from a backup")

@@ -24,7 +24,7 @@ from datastore.codes import Codes
 from datastore.group_texts import GroupTexts, cut_texts, write_texts
 from datastore.shard import DocumentRow, Shard
 from silo.errors import IntegrityError
-from silo.files import write_array
+from silo.files import load_array, write_array
 
 GATHERED_BYTES = 1 << 28
 """Codes that are in memory at a time while lists are written."""
@@ -163,9 +163,9 @@ class KeyGroup(GroupTexts):
     def __init__(self, directory: Path, *, first_row: int, document: Callable[[int], DocumentRow]) -> None:
         """As :class:`GroupTexts` says, of what :func:`write_keys` filled."""
         super().__init__(directory, first_row=first_row, document=document)
-        sizes = np.load(directory / "sizes.npy")
+        sizes = load_array(directory / "sizes.npy")
         self.num_keys = int(sizes.sum())
-        self._places = np.load(directory / "places.npy", mmap_mode="r")
+        self._places = load_array(directory / "places.npy", mapped=True)
         self._path = directory / "lists.bin"
         self._width, self.lists = _map_lists(self._path, sizes)
         self._squared = np.zeros(len(sizes), dtype=bool)

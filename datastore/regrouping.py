@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,9 @@ class Change:
 
     def groups(self) -> tuple[list[Group], list[Group]]:
         """The groups of both kinds after it, of which those are written that it touches or that are damaged."""
-        # One after the other: Python 3.11 cannot parse the heads of two arrays at a time (SystemError from ``ast``).
-        return self._regrouped(SEARCH), self._regrouped(NGRAMS)
+        with ThreadPoolExecutor(1) as beside:
+            ngrams = beside.submit(self._regrouped, NGRAMS)
+            return self._regrouped(SEARCH), ngrams.result()
 
     def _regrouped(self, kind: str) -> list[Group]:
         before = self.store.groups_of(kind)

@@ -29,7 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from silo.documents import Document
-from silo.files import canonical_json, map_array, read_checked, write_file, write_rows
+from silo.files import canonical_json, load_array, map_array, read_checked, write_file, write_rows
 from silo.retrieval import SourceDocument
 
 ARRAYS = ("tokens", "lists", "codes")
@@ -176,7 +176,7 @@ def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[
         "files": files,
     }
     digest = write_file(directory / "shard.json", canonical_json({**manifest, "owner": rows[0].owner, **context}))
-    return digest, Shard(rows, *(np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
+    return digest, Shard(rows, *(load_array(directory / f"{name}.npy", mapped=True) for name in ARRAYS))
 
 
 def _line(row: DocumentRow) -> bytes:

@@ -13,6 +13,7 @@ from datastore import matching
 from datastore.group_texts import GroupTexts
 from datastore.suffix_arrays import FILES
 from silo.errors import UsageError
+from silo.files import load_array
 
 APART = 64
 """Suffixes from one in memory to the next, by which searches begin: an eighth of a byte for each token."""
@@ -45,7 +46,7 @@ class Suffixes:
     @classmethod
     def open(cls, texts: GroupTexts, directory: Path) -> Suffixes:
         """Map what :func:`datastore.suffix_arrays.write_suffixes` wrote for the same documents."""
-        rows, lengths = (np.asarray(np.load(directory / name, mmap_mode="r")) for name in FILES)
+        rows, lengths = (np.asarray(load_array(directory / name, mapped=True)) for name in FILES)
         return cls(texts, rows, lengths)
 
     def only(self, selected: np.ndarray) -> Suffixes:

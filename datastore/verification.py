@@ -19,7 +19,7 @@ from datastore.sketches import sample
 from datastore.snapshot import Snapshot
 from silo.documents import Document
 from silo.errors import IntegrityError
-from silo.files import sha256_file
+from silo.files import load_array, sha256_file
 
 if TYPE_CHECKING:
     from silo.language_model import LanguageModel
@@ -112,7 +112,7 @@ def find_traces(store: Snapshot, documents: Iterable[Document], model: LanguageM
                 yield Trace(document.id, "bytes", path)
             if any(np.isin(_runs(held, length), runs).any() for held in _tokens(path)):
                 yield Trace(document.id, "tokens", path)
-            if path.name == "hashes.npy" and len(sketch) and np.isin(sketch, np.load(path)).mean() > MOST:
+            if path.name == "hashes.npy" and len(sketch) and np.isin(sketch, load_array(path)).mean() > MOST:
                 yield Trace(document.id, "shingles", path)
             if codes is not None and _share(codes, _codes(path, codes.shape[1])) > MOST:
                 yield Trace(document.id, "codes", path)
@@ -135,7 +135,7 @@ def _tokens(path: Path) -> list[np.ndarray]:
     """The tokens (n,) that a file of a shard, a search structure or a spool holds, in each way in which it may be read;
     of another file nothing."""
     if path.name == "tokens.npy":
-        return [np.load(path)]
+        return [load_array(path)]
     # A spool's file does not say how wide its tokens are.
     return [np.fromfile(path, dtype=kind) for kind in TOKEN_TYPES] if path.name == "tokens.bin" else []
 
@@ -143,7 +143,7 @@ def _tokens(path: Path) -> list[np.ndarray]:
 def _codes(path: Path, width: int) -> np.ndarray:
     """The codes (n, width) that a file of a shard or a spool holds; of another file none."""
     if path.name == "codes.npy":
-        return np.load(path)
+        return load_array(path)
     data = np.fromfile(path, dtype=np.uint8) if path.name == "codes.bin" else np.zeros(0, dtype=np.uint8)
     return data[: len(data) // width * width].reshape(-1, width)
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -125,9 +126,20 @@ def read_checked(path: Path, expected: str) -> bytes:
     return data
 
 
+_PARSING = threading.Lock()
+"""Held while an array is loaded: where two threads parse heads of arrays at a time and something listens to the garbage
+collector, Python 3.11 fails now and then (``SystemError: AST constructor recursion depth mismatch``)."""
+
+
+def load_array(source: Path | BinaryIO, *, mapped: bool = False) -> np.ndarray:
+    """Read an ``.npy`` array, or map it; by any thread, and unchecked."""
+    with _PARSING:
+        return np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
+
+
 def read_array(path: Path, expected: str) -> np.ndarray:
     """Read an ``.npy`` array whose SHA-256 is known. Raises :class:`IntegrityError` as :func:`read_checked` does."""
-    return np.load(io.BytesIO(read_checked(path, expected)), allow_pickle=False)
+    return load_array(io.BytesIO(read_checked(path, expected)))
 
 
 def map_array(path: Path, expected: str) -> np.ndarray:
@@ -137,7 +149,7 @@ def map_array(path: Path, expected: str) -> np.ndarray:
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing; restore it from a backup or rebuild what holds it") from None
     check_digest(path, found, expected)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return load_array(path, mapped=True)
 
 
 def check_digest(path: Path, found: str, expected: str) -> None:
