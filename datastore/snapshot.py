@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,13 +23,13 @@ from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.group_texts import GroupTexts, id_hash
-from datastore.groups import NGRAMS, PARTS, SEARCH, group_array, verify_group
+from datastore.groups import KINDS, NGRAMS, PARTS, SEARCH, group_array, verify_group
 from datastore.keys import KeyGroup
 from datastore.manifest import Group, Manifest
 from datastore.selection import Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard, Texts, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
-from datastore.view import Part, View
+from datastore.view import OfKind, Part, View
 from silo.documents import Document
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.files import read_checked
@@ -43,11 +43,9 @@ if TYPE_CHECKING:
     from silo.mixture import Mixture
     from silo.nearest import Nearest
 
-OfKind = TypeVar("OfKind", bound=GroupTexts)
-
 CHECKED_BYTES = 1 << 28
-"""Search structures of a kind that have no more than this together are read and checked when they are opened. More are
-mapped unread, so that a store larger than memory opens at once; `silo datastore verify` checks them."""
+"""Search structures that have no more than this together are read and checked when they are opened. More are mapped
+unread, so that a store larger than memory opens at once; `silo datastore verify` checks them."""
 
 
 class Snapshot:
@@ -255,11 +253,12 @@ class Snapshot:
         return choose
 
     def _opened(self, kind: str, documents: type[OfKind]) -> list[OfKind]:
-        """The documents of every group of a kind. Files of all that are new are checked first, if that takes no longer
-        than a moment."""
+        """The documents of every group of a kind. Files of those that are new are checked first, if to check all groups
+        takes no longer than a moment."""
         directories = [self.path / kind / group.directory for group in self.groups_of(kind)]
-        new = [directory for directory in directories if directory not in self._mapped]
-        few = not _exceed(CHECKED_BYTES, (file for directory in new for file in directory.rglob("*")))
+        if new := [directory for directory in directories if directory not in self._mapped]:
+            every = (self.path / of / group.directory for of in KINDS for group in self.groups_of(of))
+            few = not _exceed(CHECKED_BYTES, (file for directory in every for file in directory.rglob("*")))
         for group, directory in zip(self.groups_of(kind), directories, strict=True):
             if directory in new:
                 if few:

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from silo.nearest import Nearest
 
 
-Texts = TypeVar("Texts", bound=GroupTexts)
+OfKind = TypeVar("OfKind", bound=GroupTexts)
 
 
-class Part(NamedTuple, Generic[Texts]):
+class Part(NamedTuple, Generic[OfKind]):
     """A group, or a part of one."""
 
     directory: Path
-    texts: Texts
+    texts: OfKind
     """Its documents, with what this kind of group knows of them."""
     selected: np.ndarray | None
     """(documents,) bool, which of them count; None for all."""
@@ -119,7 +119,7 @@ class View:
         )
 
 
-def _narrowed(parts: Sequence[Part[Texts]]) -> list[Part[Texts]]:
+def _narrowed(parts: Sequence[Part[OfKind]]) -> list[Part[OfKind]]:
     """Those that have any documents; those that have all say so."""
     filled = [each for each in parts if each.selected is None or each.selected.any()]
     whole = [each.selected is None or each.selected.all() for each in filled]
