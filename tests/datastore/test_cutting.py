@@ -22,7 +22,7 @@ REMOVALS = {
 
 @pytest.fixture
 def built(monkeypatch):
-    """The kinds of which groups were built anew, in order."""
+    """The kinds of which groups were built anew; both kinds are built side by side."""
     kinds = []
 
     def spied(real, kind):
@@ -143,10 +143,10 @@ def test_an_add_is_built(make_store, documents, model, built):
     store = make_store("store", documents[:6])
     built.clear()
     store.add(documents[6:7], model)
-    assert built == ["search", "ngrams"]
+    assert sorted(built) == ["ngrams", "search"]
     store.remove(Selection(documents=(documents[6].id,)))
     store.add([replace(documents[6], text=documents[7].text)], model)
-    assert built == ["search", "ngrams"] * 2
+    assert sorted(built) == sorted(["ngrams", "search"] * 2)
     assert verify_derived(store) == 2
 
 
