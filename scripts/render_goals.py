@@ -18,8 +18,6 @@ WHY = {
     "multiplies for both, unless there is AVX-512 and the processor is not of that library's maker",
     ("mixing", "scoring, all methods"): "where vectors are wide the model's products take half the time, and blocks, "
     "n-grams and what follows a search's products take what they took",
-    ("mixing", "∞-gram, 200 owners"): "one owner's tokens are one group, and those of 200 owners just over what one "
-    "group holds; within a group owners cost nothing",
     (
         "mixing",
         "neighbours alone / knn-transformers",
@@ -40,7 +38,6 @@ WHY = {
     "not come with; the section without says what it takes as it comes",
     ("model", "training PEER, a million experts / our 65 k"): "as many picks hit more different rows of a million than "
     "of 65 k, and memory is what a step waits for",
-    ("ngram", "∞-gram of 16.0 M tokens"): "every group is matched by itself, and there are several",
     (
         "reference",
         "c / d",
