@@ -150,6 +150,20 @@ def test_an_add_is_built(make_store, documents, model, built):
     assert verify_derived(store) == 2
 
 
+def test_a_group_that_grows_as_it_loses_a_shard_is_built(make_store, documents, model, monkeypatch, built):
+    """Where one of two shards outgrows the group that they share, and the other grows in it, nothing can be cut."""
+    named = {document.id: document for document in documents}
+    store = make_store("store", [named["Ada/0"], named["Grace/0"]])
+    [shared] = {tuple(group.shards) for kind in groups.KINDS for group in store.groups_of(kind)}
+    assert shared == ("Ada", "Grace")
+    monkeypatch.setattr(groups, "GROUP_TOKENS", sum(entry.tokens for entry in store.manifest.shards.values()) * 3 // 2)
+    monkeypatch.setitem(groups.TIMES, groups.NGRAMS, 1)
+    built.clear()
+    store.add([named["Ada/1"], named["Grace/1"]], model)
+    assert sorted(built) == sorted(groups.KINDS * 2)
+    assert verify_derived(store) == 4
+
+
 def test_indexes_of_several_parts_are_cut_to_the_same(monkeypatch, tmp_path):
     """However many parts Lucene wrote an index in, blocks stay in their order, with those that go and without."""
     real = bm25._writer_config
