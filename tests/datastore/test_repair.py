@@ -73,10 +73,11 @@ def test_what_is_sound_stays(store, bytes_of):
     assert bytes_of(store.path) == before
 
 
-def test_nothing_is_built_of_a_damaged_shard(store, bytes_of):
+@pytest.mark.parametrize("kind", groups.KINDS)
+def test_nothing_is_built_of_a_damaged_shard(store, kind, bytes_of):
     """Its file is named, and the store stays as it was."""
-    group = store.manifest.groups[0]
-    shutil.rmtree(store.path / "search" / group.directory)
+    group = store.groups_of(kind)[0]
+    shutil.rmtree(store.path / kind / group.directory)
     tokens = store.path / "shards" / store.manifest.shards[group.shards[0]].directory / "tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-1] + b"!")
     before = bytes_of(store.path)
