@@ -43,8 +43,8 @@ def cut_sketches(directory: Path, whole: Whole) -> None:
 
 
 def cut_suffixes(directory: Path, whole: Whole, of_row: np.ndarray) -> None:
-    """Write what :func:`datastore.suffix_arrays.write_suffixes` would write of the documents that stay, of which each
-    row is or is not, (rows,) bool."""
+    """Write what :func:`datastore.suffix_arrays.write_suffixes` would write of the documents that stay, whose rows
+    ``of_row`` names, (rows,) bool."""
     rows, lengths = (load_array(whole.directory / "suffixes" / name) for name in FILES)
     stays, numbers = of_row[rows], _counted(of_row, row_type(int(of_row.sum())))
     write_array(directory / FILES[0], numbers[rows[stays]])

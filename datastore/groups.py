@@ -80,10 +80,10 @@ def regroup(
     placed: set[str] = set()
     for group in groups:
         planned.append(_Members(TIMES[kind] * GROUP_TOKENS))
-        for name in sorted(group.shards, key=lambda name: name in changed):  # those that stay as they are first
-            tokens = entries[name].tokens if name in entries else 0
-            if name not in changed or (name in entries and planned[-1].has_room(tokens)):
-                planned[-1].take(name, tokens)
+        left = [name for name in group.shards if name in entries]
+        for name in sorted(left, key=lambda name: name in changed):  # those that stay as they are first
+            if name not in changed or planned[-1].has_room(entries[name].tokens):
+                planned[-1].take(name, entries[name].tokens)
                 placed.add(name)
     for name in sorted(set(entries) - placed):
         tokens = entries[name].tokens

@@ -106,8 +106,8 @@ class Texts:
     def read(cls, directory: Path, expected_hash: str) -> Texts:
         """Map what a shard has of them, every byte checked. Raises :class:`silo.errors.IntegrityError` naming the
         damaged file."""
-        rows, tokens = _read(directory, expected_hash, ARRAYS[:1])
-        return Texts(rows, tokens)
+        rows, arrays = _read(directory, expected_hash, ARRAYS[:1])
+        return Texts(rows, *arrays)
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ class Shard(Texts):
     @classmethod
     def read(cls, directory: Path, expected_hash: str) -> Shard:
         """Map a shard, every byte checked. Raises :class:`silo.errors.IntegrityError` naming the damaged file."""
-        rows, tokens, lists, codes = _read(directory, expected_hash, ARRAYS)
-        return cls(rows, tokens, lists, codes)
+        rows, arrays = _read(directory, expected_hash, ARRAYS)
+        return cls(rows, *arrays)
 
 
-def _read(directory: Path, expected_hash: str, arrays: Sequence[str]) -> Any:
+def _read(directory: Path, expected_hash: str, arrays: Sequence[str]) -> tuple[list[DocumentRow], list[np.ndarray]]:
     manifest = read_manifest(directory, expected_hash)
     files = manifest["files"]
-    mapped = (map_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in arrays)
-    return read_rows(directory, manifest), *mapped
+    rows = read_rows(directory, manifest)
+    return rows, [map_array(directory / f"{name}.npy", files[f"{name}.npy"]) for name in arrays]
 
 
 def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[str, str]) -> tuple[str, Shard]:

@@ -274,7 +274,8 @@ largest size cannot do without would take at the machine's best, over what it to
 
 Opening is that of a store too large to be checked meanwhile. Removing one document rewrites the groups that it is in, \
 of {GROUP_TOKENS / 1e6:.0f} M tokens with keys and {TIMES[NGRAMS] * GROUP_TOKENS / 1e6:.0f} M of ∞-grams at most, and \
-grows no further from there on.
+grows no further from there on. The ∞-gram takes a pass for each of its groups: beyond one that is full it grows as \
+the store does, and so by more than its exponent says.
 
 From the largest size by the exponent, on one machine like this, far beyond what was measured:
 
