@@ -21,13 +21,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.evidence import text_claim
 from silo.files import sha256
 from silo.findings import Finding, Note
-from silo.licensing import Statement, declared_license, license_statements, tier_of
+from silo.licensing import COPYLEFT, NO_LICENSE, normalize_license, tier_of
 
 SHORTEST_CHARACTERS, LONGEST_CHARACTERS = 200, 200_000
 """Python files outside these bounds are refused: stubs on one side, tables and generated code on the other."""
@@ -38,7 +39,48 @@ _VENDORED = frozenset({"_vendor", "_vendored", "vendor", "vendored", "third_part
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
 """What reading from a damaged archive raises."""
 
-_LICENSE_FILE = re.compile(r"(?:[^/]+\.dist-info/(?:licenses/)?)?(?:un)?(?:licen[sc]e|copying)[^/]*", re.IGNORECASE)
+_LICENSE_FILE = re.compile(
+    r"(?:[^/]+\.dist-info/(?:licenses/)?)?(?:(?:un)?(?:licen[sc]e|copying)[^/]*|licenses/[^/]+)", re.IGNORECASE
+)
+"""What lies at the top, where metadata names it, or in REUSE's folder of all licences that apply; licences deeper down
+are of what is bundled."""
+
+
+class Statement(NamedTuple):
+    """One place that says something of a licence, and how it was read."""
+
+    place: str
+    """A metadata field, or the path of a licence file."""
+    raw: str
+    """What stands there; of a long text, its first line."""
+    license: str
+    """As SPDX, or ``NOASSERTION`` where it cannot be read."""
+
+
+def license_statements(expression: str, license: str, classifiers: Iterable[str]) -> list[Statement]:
+    """What a Python distribution declares in its three places.
+
+    A classifier cannot say whether two licences are a choice or a sum, so several are a sum. A ``License`` field that
+    holds an unreadable text, rather than a name, is passed over if nothing in it speaks of copyleft; an unreadable
+    name is a contradiction, and restricted.
+    """
+    found = [Statement("License-Expression", expression, normalize_license(expression))] if _stated(expression) else []
+    if _stated(license):
+        name = normalize_license(license)
+        if name != NO_LICENSE or "\n" not in license.strip() or COPYLEFT.search(license):
+            found.append(Statement("License", license.strip().partition("\n")[0], name))
+    telling = {c for c in classifiers if c.startswith("License ::") and c != "License :: OSI Approved"}
+    read = sorted((normalize_license(classifier), classifier) for classifier in telling)
+    return found + [Statement("Classifier", classifier, name) for name, classifier in read]
+
+
+def declared_license(statements: Iterable[Statement]) -> str:
+    """The licence that some statements come to: where they disagree, the strictest."""
+    return max((statement.license for statement in statements), key=tier_of, default=NO_LICENSE)
+
+
+def _stated(value: str) -> bool:
+    return value.strip().lower() not in ("", "unknown", "none")
 
 
 @dataclass(frozen=True, slots=True)

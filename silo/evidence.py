@@ -30,7 +30,7 @@ _CODE = frozenset((".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".js", ".ts
 
 _SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\*/|-->|[\"']{1,3}|$)", re.MULTILINE)
 
-_VARIABLE = re.compile(r"^__licen[sc]e__\s*=\s*[\"'](?P<name>[^\"'\n]+)", re.MULTILINE)
+_VARIABLE = re.compile(r"^__licen[sc]e__(?:\s*:[^=\n]+)?\s*=\s*[\"'](?P<name>[^\"'\n]+)", re.MULTILINE)
 
 _FIELD = re.compile(r"^[ \t>*:%#-]{0,6}(?:licen[sc]e|rights)\*{0,2}:\*{0,2}[ \t]+(?P<name>\S[^\n]{0,160})", re.I | re.M)
 """A field such as reStructuredText's ``:License:`` or a front matter's ``rights:``."""
@@ -43,7 +43,8 @@ _HEADER_NOTICE = re.compile(
     r"|\bCC[- ]BY[- ](?:NC|SA|ND)\b[-\w. ]{0,12}|Attribution-?\s?(?:Share-?\s?Alike|Non-?Commercial|No-?Deriv)"
     r"|proprietary\s+and\s+confidential|confidential\s+and\s+proprietary"
     r"|unauthori[sz]ed\s+(?:copying|use|reproduction|distribution)"
-    r"|for\s+(?:non-?commercial|academic|research)\s+(?:use|purposes?)\s+only",
+    r"|for\s+(?:non-?\s?commercial|academic|research)\s+(?:\w+\s+){0,2}(?:use|purposes?)\s+only"
+    r"|not\s+for\s+commercial\s+use",
     re.IGNORECASE,
 )
 """What restricts a file of code when its header says it."""
@@ -99,9 +100,8 @@ def contradiction(document: Document, policy: Policy) -> Notice | None:
     declared = tier_of(document.license, policy)
     if not declared.permissive:
         return None
-    found = [
-        notice for notice in notices(document.text, _suffix(document)) if tier_of(notice.license, policy) > declared
-    ]
+    read = notices(document.full_text, _suffix(document))
+    found = [notice for notice in read if tier_of(notice.license, policy) > declared]
     return max(found, key=lambda notice: tier_of(notice.license, policy), default=None)
 
 
@@ -149,13 +149,19 @@ def claim_of_file(document: Document) -> Notice | None:
 
 
 def text_claim(text: str) -> Notice | None:
-    """The restricted licence whose text a licence file is, or that its head names; None where it grants freely."""
+    """The restricted licence whose text a licence file is, or that its head names; None where it grants freely.
+
+    What grants freely and has a condition beside it, as the Commons Clause is, grants under that condition.
+    """
     head = text[:TAIL_CHARACTERS]
-    if GRANT.search(head) or _APACHE_TITLE.search(head):
+    granted, condition = GRANT.search(head) or _APACHE_TITLE.search(head), COPYLEFT.search(head)
+    if granted and not condition:
         return None
-    for position, license in _names(head):
-        if not tier_of(license).permissive:
-            return Notice(license, text.count("\n", 0, position) + 1, text[_line(text, position)].strip())
+    named = [(position, license) for position, license in _names(head) if not tier_of(license).permissive]
+    if granted and condition and not named:
+        named = [(condition.start(), UNREADABLE)]
+    for position, license in named:
+        return Notice(license, text.count("\n", 0, position) + 1, text[_line(text, position)].strip())
     return None
 
 

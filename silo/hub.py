@@ -17,6 +17,7 @@ restricted. Recipes for the Open License Corpus and the Common Pile come with SI
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,12 +28,14 @@ from silo.config import load_config
 from silo.documents import Document, document_from_record
 from silo.errors import DataError, UsageError
 from silo.findings import Note
-from silo.licensing import NO_LICENSE, normalize_license
+from silo.licensing import COPYLEFT, NO_LICENSE, normalize_license, tier_of
 
 RECIPES = Path(__file__).with_name("recipes")
 OURS = ("id", "text", "prompt", "completion", "license", "owner", "source", "title")
 _USUAL = {"owner": ("owner", "author", "authors"), "title": ("title", "name")}
 """Fields that go by other names as well."""
+_MORE = re.compile(r"[,;&|+\n]|://.*://|\b(?:and|but|except|non?|not|only|plus|unless|with|without)\b", re.IGNORECASE)
+"""What tells that a licence's name is not all that is said."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,24 @@ class Recipe:
                 raise UsageError(f"recipe: fields has {name!r}; expected some of {', '.join(OURS)}")
 
     def license(self, raw: Any, config: str) -> str:
-        """A row's licence: what the row states, else what its configuration says; unknown spellings stay."""
-        stated = ", ".join(map(str, raw)) if isinstance(raw, list | tuple) else str(raw or "").strip()
-        if not stated:
+        """A row's licence: what the row states, else what its configuration says; unknown spellings stay. Of several
+        licences, all hold."""
+        stated = [str(each).strip() for each in (raw if isinstance(raw, list | tuple) else [raw or ""])]
+        read = [self._spelled(each) for each in stated if each]
+        if not read:
             return next((str(known) for pattern, known in self.configs.items() if fnmatchcase(config, pattern)), "")
+        return read[0] if len(read) == 1 else " AND ".join(f"({each})" for each in read)
+
+    def _spelled(self, stated: str) -> str:
+        """One licence by their spelling or by the usual names. A pattern that frees does not fit what says more than
+        the one licence."""
         for pattern, known in self.licenses.items():
             if fnmatchcase(stated.lower(), str(pattern).lower()):
-                return str(known)
-        known = normalize_license(stated)
-        return stated if known == NO_LICENSE else known
+                more = COPYLEFT.search(stated) or _MORE.search(stated)
+                if stated.lower() == str(pattern).lower() or not more or not tier_of(str(known)).permissive:
+                    return str(known)
+        name = normalize_license(stated)
+        return stated if name == NO_LICENSE else name
 
 
 def load_recipe(path: Path | None, name: str) -> Recipe:

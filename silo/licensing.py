@@ -14,11 +14,12 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase as _matches
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import license_expression
 
@@ -30,7 +31,7 @@ NO_LICENSE = "NOASSERTION"
 _IDENTIFIER = re.compile(r"[A-Za-z0-9.:-]+\+?")
 """One licence as SPDX spells it. A plus elsewhere than at the end stands between two, in the words of real metadata."""
 
-RULES = 3
+RULES = 4
 """Version of the reading below. It is part of every policy's fingerprint, so that a changed reading shows."""
 
 
@@ -82,7 +83,8 @@ class Policy:
     """What the operator knows better than the tables: tiers by licence, by owner, by source.
 
     A source or an owner is more specific than a licence and wins over it; where several rules of one kind match, the
-    strictest counts. Licences and sources may be patterns such as ``CC-BY-SA-*``.
+    strictest counts. Licences and sources may be patterns such as ``CC-BY-SA-*``. A rule that restricts an owner holds
+    for the name in any case and in any of Unicode's forms, one that frees for that spelling alone.
     """
 
     licenses: tuple[tuple[str, Tier], ...] = ()
@@ -95,7 +97,11 @@ class Policy:
     def tier(self, document: Licensed) -> Tier:
         """The tier of a document. Unknown, missing and unparsable licences are restricted."""
         ruled = [tier for pattern, tier in self.sources if _matches(document.source, pattern)]
-        ruled += [tier for owner, tier in self.owners if owner == document.owner]
+        ruled += [
+            tier
+            for owner, tier in self.owners
+            if owner == document.owner or (not tier.permissive and _alike(owner, document.owner))
+        ]
         return max(ruled) if ruled else tier_of(document.license, self)
 
     def license_rule(self, name: str) -> Tier | None:
@@ -175,6 +181,12 @@ def load_policy(path: Path) -> Policy:
     return Policy.from_json({} if record is None else record, where=str(path))
 
 
+def _alike(one: str, other: str) -> bool:
+    """Whether two names are one but for case, blanks around them, and the way in which Unicode spells them."""
+    first, second = (unicodedata.normalize("NFKC", name).casefold().strip() for name in (one, other))
+    return first == second
+
+
 def _rules(rules: object, *, where: str) -> tuple[tuple[str, Tier], ...]:
     if not isinstance(rules, Mapping):
         raise UsageError(f"{where}: a {type(rules).__name__}, expected a mapping from names to tiers")
@@ -202,9 +214,9 @@ def _evidence(record: object, *, where: str) -> tuple[tuple[str, str, str], ...]
 _LONGEST_EXPRESSION = 4096
 """Longer strings are licence texts, not names of licences, and are not parsed."""
 
-_PUBLIC_DOMAIN = re.compile(r"LicenseRef-PublicDomain(-[\w.-]+)?", re.IGNORECASE)
+_PUBLIC_DOMAIN = re.compile(r"LicenseRef-PublicDomain(-(?!(?:NC|ND|SA)\b)[A-Z]{2}(-?Gov)?)?", re.IGNORECASE)
 """SPDX has no id for "nobody owns it". Corpora spell it ``LicenseRef-PublicDomain``, some with the jurisdiction
-behind it (``-US``, ``-USGov``); ScanCode knows only the bare form."""
+behind it (``-US``, ``-USGov``), and nothing else; ScanCode knows only the bare form."""
 
 _ATTRIBUTION = re.compile(
     r"CC-BY-\d.*|ODC-By-.*|CDLA-Permissive-.*|O-UDA-.*|OGL-(UK|Canada)-.*|OPL-UK-.*|OGDL-Taiwan-.*|NLOD-.*"
@@ -222,9 +234,16 @@ _NOT_PERMISSIVE = frozenset(
         "IEC-Code-Components-EULA",  # for use with the IEC's standards only
         "JSON",  # "for Good, not Evil": a field of use, neither free (FSF) nor open (OSI)
         "MPEG-SSG",  # for products that conform to the standard only
+        "MS-LPL",  # MS-PL, for Windows only
         "MS-PL",  # source is passed on under the same licence (FSF: weak copyleft)
+        "OFL-1.0",  # derivatives are passed on under the same licence, and nothing is sold by itself
+        "OFL-1.0-RFN",
+        "OFL-1.0-no-RFN",
+        "OFL-1.1-RFN",
+        "OFL-1.1-no-RFN",
         "OPUBL-1.0",  # its options forbid modified versions
         "Sendmail",  # binaries only with an offer of the source
+        "Sendmail-Open-Source-1.1",
     }
 )
 """SPDX licences that ScanCode files under "Permissive", and whose text says otherwise."""
@@ -405,6 +424,10 @@ COPYLEFT = re.compile(
 """Words that no permissive licence's text needs."""
 
 
+_UNREAD = re.compile(r"[^\s\x21-\x7e“”‘’–—©®™]|[!?~]")
+"""What a name may not hold if it is to be read without it: letters of another script may say "not"."""
+
+
 def normalize_license(raw: str) -> str:
     """Read a free-form licence string as an SPDX expression, or return ``NOASSERTION``.
 
@@ -417,49 +440,14 @@ def normalize_license(raw: str) -> str:
     if "\n" in text:
         plain = GRANT.search(text) and not COPYLEFT.search(text)
         return normalize_license(text.partition("\n")[0]) if plain else NO_LICENSE
+    if _UNREAD.search(text):
+        return NO_LICENSE
     classifier = text.startswith("License ::")
     if classifier:
         text = re.sub(r"\([^)]*\)", " ", text.rpartition(" :: ")[2])
     words = _words(text)
     named = _NAMES.get(words) or _gnu(words)
     return named or (NO_LICENSE if classifier else _several(text))
-
-
-class Statement(NamedTuple):
-    """One place that says something of a licence, and how it was read."""
-
-    place: str
-    """A metadata field, or the path of a licence file."""
-    raw: str
-    """What stands there; of a long text, its first line."""
-    license: str
-    """As SPDX, or ``NOASSERTION`` where it cannot be read."""
-
-
-def license_statements(expression: str, license: str, classifiers: Iterable[str]) -> list[Statement]:
-    """What a Python distribution declares in its three places.
-
-    A classifier cannot say whether two licences are a choice or a sum, so several are a sum. A ``License`` field that
-    holds an unreadable text, rather than a name, is passed over if nothing in it speaks of copyleft; an unreadable
-    name is a contradiction, and restricted.
-    """
-    found = [Statement("License-Expression", expression, normalize_license(expression))] if _stated(expression) else []
-    if _stated(license):
-        name = normalize_license(license)
-        if name != NO_LICENSE or "\n" not in license.strip() or COPYLEFT.search(license):
-            found.append(Statement("License", license.strip().partition("\n")[0], name))
-    telling = {c for c in classifiers if c.startswith("License ::") and c != "License :: OSI Approved"}
-    read = sorted((normalize_license(classifier), classifier) for classifier in telling)
-    return found + [Statement("Classifier", classifier, name) for name, classifier in read]
-
-
-def declared_license(statements: Iterable[Statement]) -> str:
-    """The licence that some statements come to: where they disagree, the strictest."""
-    return max((statement.license for statement in statements), key=tier_of, default=NO_LICENSE)
-
-
-def _stated(value: str) -> bool:
-    return value.strip().lower() not in ("", "unknown", "none")
 
 
 def _words(text: str) -> str:

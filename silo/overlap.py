@@ -268,10 +268,18 @@ def _sample_sizes(found: Shingles, documents: int) -> np.ndarray:
 
 
 def _common(records: np.ndarray) -> np.ndarray:
-    """Which of some records, sorted by hash, have a hash that more than :data:`COMMON_DOCUMENTS` of them have."""
-    begins = _begins(records["hash"])
-    lengths = np.diff(np.append(begins, len(records)))
-    return np.repeat(lengths > COMMON_DOCUMENTS, lengths)
+    """Which of some records, sorted by hash, have a hash that is in more than :data:`COMMON_DOCUMENTS` documents."""
+    lengths = np.diff(np.append(_begins(records["hash"]), len(records)))
+    often = np.repeat(lengths > COMMON_DOCUMENTS, lengths)
+    few = records[often]  # of which a document may have several
+    few = few[np.lexsort((few["document"], few["hash"]))]
+    begins = _begins(few["hash"])
+    if len(begins):
+        another = np.diff(few["document"].astype(np.int64), prepend=-1) != 0
+        another[begins] = True
+        documents = np.add.reduceat(another, begins, dtype=np.int64)
+        often[often] = np.repeat(documents > COMMON_DOCUMENTS, np.diff(np.append(begins, len(few))))
+    return often
 
 
 def _begins(values: np.ndarray) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Hashes of runs of words, with which shared text is found: fast, and blind to case, punctuation and line breaks.
 
-A word is a run of letters and digits, folded to lower case within ASCII. A character of a script that is written
-without spaces (Chinese, Japanese, Korean) is a word of its own. A shingle is a run of :data:`SHINGLE_WORDS` words.
-Everything is done on whole arrays of bytes, many documents at a time, because a loop over words would cost more than
-tokenising them.
+A word is a run of letters and digits, without case, without accents, and without what is not seen, such as soft
+hyphens: so it is the same in all of Unicode's forms. A character of a script that is written without spaces (Chinese,
+Japanese) is a word of its own. A shingle is a run of :data:`SHINGLE_WORDS` words. Everything is done on whole arrays of
+bytes, many documents at a time, because a loop over words would cost more than tokenising them.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +40,29 @@ def _fold_table() -> np.ndarray:
 _FOLD = _fold_table()
 
 
+_FOLDED = re.compile(r"[\xaa\xad\xb2-\u200f\u202a-\u202e\u2060-\U0010ffff]+")
+"""Runs of characters that :class:`_Folds` may change: outside ASCII, all but the usual punctuation."""
+
+
+class _Folds(dict[int, str]):
+    """Character → what it counts as: decomposed, in lower case, without accents and what is not seen."""
+
+    def __missing__(self, code: int) -> str:
+        parts = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", chr(code)).casefold())
+        self[code] = kept = "".join(each for each in parts if unicodedata.category(each) not in ("Mn", "Me", "Cf"))
+        return kept
+
+
+_FOLDS = _Folds()
+
+
+def _folded(text: bytes) -> bytes:
+    """A UTF-8 text with its characters folded; ASCII is left to :data:`_FOLD`."""
+    if text.isascii():
+        return text
+    return _FOLDED.sub(lambda run: run[0].translate(_FOLDS), text.decode()).encode()
+
+
 @dataclass(frozen=True, slots=True)
 class Shingles:
     """The shingles of some documents, in the order of their text."""
@@ -54,6 +79,7 @@ class Shingles:
 
 def shingles(texts: Sequence[bytes]) -> Shingles:
     """The shingles of some UTF-8 texts; none crosses from one text to the next, and a text of fewer words has none."""
+    texts = [_folded(text) for text in texts]
     data = np.frombuffer(b"\n".join(texts) + b"\n", dtype=np.uint8)
     begins, ends = _word_bounds(data)
     ends_of_texts = np.cumsum([len(text) + 1 for text in texts]) - 1
@@ -69,8 +95,18 @@ def shingles(texts: Sequence[bytes]) -> Shingles:
 
 
 def word_spans(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Where each word of a UTF-8 text begins and ends, in bytes: two arrays (words,) int64."""
-    return _word_bounds(np.frombuffer(text + b"\n", dtype=np.uint8))
+    """Where each word of a UTF-8 text begins and ends, in bytes: two arrays (words,) int64.
+
+    What a character is folded to is where the character is; of one that is two words (½), the first is empty.
+    """
+    begins, ends = _word_bounds(np.frombuffer(_folded(text) + b"\n", dtype=np.uint8))
+    if text.isascii():
+        return begins, ends
+    characters = text.decode()
+    lengths = [len(_folded(each.encode())) for each in characters]
+    places = np.cumsum([0, *(len(each.encode()) for each in characters)])
+    origin = np.append(np.repeat(places[:-1], lengths), places[-1])
+    return origin[begins], origin[ends]
 
 
 def _word_bounds(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -150,8 +150,19 @@ def _parquet_documents(path: Path, called: str, recipe: Recipe) -> Iterator[Docu
 # --- text files -------------------------------------------------------------------------------------------------------
 
 _REUSE_TAG = re.compile(
-    r"SPDX-(License-Identifier|FileCopyrightText):[ \t]*([^\r\n]*?)[ \t]*(?:\*/|-->|\r|$)", re.MULTILINE
+    r"^[ \t]*(?:#+|//+|/?\*+|--+|;+|%+|<!--+|\.\.|\"{3}|'{3})?[ \t]*"
+    r"SPDX-(License-Identifier|FileCopyrightText):[ \t]*([^\r\n]*?)[ \t]*(?:\*/|-->|[\"']{3}|\r|$)",
+    re.MULTILINE,
 )
+"""A tag at the beginning of a line, or of a comment."""
+_TEXT_HEAD = re.compile(
+    r"(?:---[ \t]*\r?\n(?:.*\r?\n)*?---[ \t]*\r?\n)?"
+    r"(?:[ \t]*\r?\n|<!--(?:[^-]|-(?!->))*-->"
+    r"|[ ]{0,3}(?:SPDX-|#|//|/?\*|--|;|%|<!|\.\.|copyright\b|\(c\)|©).*(?:\r?\n|$))*",
+    re.IGNORECASE,
+)
+"""Front matter, and comments, titles and tags at the top: where a text speaks of itself, and does not show how to."""
+_CODE_SUFFIXES = (".py", ".c", ".h", ".js", ".go", ".rs", ".java")
 _YEARS = re.compile(r"^(?:copyright|©|\(c\)|[\d\s,-])+|\s*<[^>]*>", re.IGNORECASE)
 
 
@@ -164,7 +175,7 @@ def _text_document(path: Path, id: str, source: str, findings: Note) -> Iterator
         data = pyarrow.input_stream(str(path)).read() if path.suffix in _COMPRESSED else path.read_bytes()
         text = data.decode("utf-8-sig")
         sidecar = path.with_name(path.name + ".license")
-        tags = dict(_REUSE_TAG.findall(sidecar.read_text("utf-8") if sidecar.is_file() else text[:3000]))
+        tags = _tags(sidecar.read_text("utf-8") if sidecar.is_file() else _own_head(text, _kind(path)))
     except UnicodeDecodeError as error:
         findings(Finding(id, "not UTF-8", str(error)))
         return
@@ -173,6 +184,25 @@ def _text_document(path: Path, id: str, source: str, findings: Note) -> Iterator
     if not text.strip():
         findings(Finding(id, "an empty file"))
         return
-    license = tags.get("License-Identifier", "").strip() or NO_LICENSE
-    owner = _YEARS.sub("", tags.get("FileCopyrightText", "")).strip()
-    yield Document(id=id, text=text, license=license, owner=owner, source=source, title=path.name)
+    licenses = tags.get("License-Identifier", [])
+    license = " AND ".join(f"({each})" for each in licenses) if len(licenses) > 1 else "".join(licenses)
+    owner = ", ".join(dict.fromkeys(_YEARS.sub("", each).strip() for each in tags.get("FileCopyrightText", [])))
+    yield Document(id=id, text=text, license=license or NO_LICENSE, owner=owner, source=source, title=path.name)
+
+
+def _own_head(text: str, kind: str) -> str:
+    """The part of a file whose tags are its own."""
+    head = text[:3000].partition("REUSE-IgnoreStart")[0]
+    if kind in _CODE_SUFFIXES:
+        return head
+    found = _TEXT_HEAD.match(head)
+    return found[0] if found else ""
+
+
+def _tags(text: str) -> dict[str, list[str]]:
+    """The different values of each SPDX tag, in order. Of several licences, all hold."""
+    tags: dict[str, list[str]] = {}
+    for name, value in ((name, value.strip()) for name, value in _REUSE_TAG.findall(text)):
+        if value and value not in tags.setdefault(name, []):
+            tags[name].append(value)
+    return tags

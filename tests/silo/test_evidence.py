@@ -26,6 +26,9 @@ NOTICES = {
     "# Unauthorized copying of this file is prohibited\n": (1, UNREADABLE),
     "import os\n__license__ = 'GPLv3'\n": (2, "GPL-3.0-only"),
     "__license__ = 'GPL, more or less'\n": (1, UNREADABLE),
+    "__license__: str = 'GPLv3'\n": (1, "GPL-3.0-only"),
+    "# For non-commercial research purposes only\n": (1, UNREADABLE),
+    "# Not for commercial use.\n": (1, UNREADABLE),
     ":Author: Ada\n:License: CC By-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/)\n": (2, "CC-BY-SA-3.0"),
     "# Title\n\nThis book is licensed under the Creative Commons\nAttribution-NonCommercial-ShareAlike 4.0\n": (
         3,
@@ -98,6 +101,12 @@ def test_the_policy_judges_notices_too():
     assert found(text, license="CC-BY-4.0") is not None
 
 
+def test_a_pair_is_read_with_its_prompt():
+    """A notice in a prompt, which weights and tokenizer read too, counts as one in the text."""
+    pair = Document(id="a", prompt="# SPDX-License-Identifier: GPL-3.0-only\n", text="x = 1\n", license="MIT")
+    assert contradiction(pair, DEFAULT_POLICY).license == "GPL-3.0-only"
+
+
 def test_a_contradiction_is_written_into_the_licence():
     """The document goes on under both licences, of which the stricter counts wherever it is judged again."""
     document = Document(id="a", text=":License: GPL-3.0-only\n", license="MIT OR Apache-2.0")
@@ -114,6 +123,9 @@ def test_a_contradiction_is_written_into_the_licence():
         ("repo/LICENSE.md", "Attribution-NonCommercial-NoDerivatives 4.0 International", "CC-BY-NC-ND-4.0"),
         ("repo:book/LICENSE.txt", "Creative Commons Attribution-ShareAlike 4.0 International", "CC-BY-SA-4.0"),
         ("repo/metadata.yaml", "title: A book\nrights: CC BY-NC\n", "CC-BY-NC-4.0"),
+        ("repo/LICENSE", 'A "Commons Clause" Condition\n\nPermission is hereby granted, free of charge', UNREADABLE),
+        ("repo/LICENSE", "Commons Clause\n\nApache License\nVersion 2.0, January 2004\n", UNREADABLE),
+        ("repo/LICENSE", "Permission is hereby granted, free of charge, for non-commercial research only", UNREADABLE),
         ("repo/package.json", '{"name": "x", "license": "GPL-2.0-only"}', "GPL-2.0-only"),
     ],
 )  # fmt: skip

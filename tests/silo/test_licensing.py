@@ -7,15 +7,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from silo.distributions import declared_license, license_statements
 from silo.documents import Document
 from silo.errors import UsageError
 from silo.licensing import (
     NO_LICENSE,
     Policy,
     Tier,
-    declared_license,
     is_spdx,
-    license_statements,
     load_policy,
     normalize_license,
     tier_of,
@@ -56,6 +55,14 @@ TIERS = {
     "JSON": Tier.RESTRICTED,
     "LicenseRef-BBC-all-rights-reserved": Tier.RESTRICTED,
     "LicenseRef-PublicDomainish": Tier.RESTRICTED,
+    "LicenseRef-PublicDomain-US": Tier.PD,
+    "LicenseRef-PublicDomain-NC": Tier.RESTRICTED,
+    "LicenseRef-PublicDomain-NonCommercial": Tier.RESTRICTED,
+    "OFL-1.1": Tier.RESTRICTED,
+    "OFL-1.1-no-RFN": Tier.RESTRICTED,
+    "OFL-1.0": Tier.RESTRICTED,
+    "MS-LPL": Tier.RESTRICTED,
+    "Sendmail-Open-Source-1.1": Tier.RESTRICTED,
     "NOASSERTION": Tier.RESTRICTED,
     "NONE": Tier.RESTRICTED,
     "MIT License": Tier.RESTRICTED,
@@ -154,6 +161,12 @@ NAMES = {
     "License :: OSI Approved": NO_LICENSE,
     "MIT License (no commercial use)": NO_LICENSE,
     "Not the MIT License": NO_LICENSE,
+    "CC BY 4.0（非商业）": NO_LICENSE,
+    "不是 MIT": NO_LICENSE,
+    "Apache 2.0 — только для некоммерческого": NO_LICENSE,
+    "M\u0336I\u0336T\u0336": NO_LICENSE,
+    "!MIT": NO_LICENSE,
+    "MIT™ License": "MIT",
     "see LICENSE": NO_LICENSE,
     "MIT or later": NO_LICENSE,
     "GPL 9": NO_LICENSE,
@@ -206,6 +219,15 @@ def test_a_policy_overrides_by_licence_owner_and_source(tmp_path: Path):
     assert policy.tier(replace(DOCUMENT, license="no idea", owner="Bob")) is Tier.PD
     assert policy.tier(replace(DOCUMENT, license="MIT", owner="Bob", source="pypi:bad==2")) is Tier.RESTRICTED
     assert Policy.from_json(policy.to_json(), where="here") == policy
+
+
+@pytest.mark.parametrize("spelt", ["Jos\u00e9", "Jose\u0301", "JOS\u00c9", " Jos\u00e9 "])
+def test_a_rule_that_restricts_an_owner_holds_however_the_name_is_spelt(spelt):
+    """Case, blanks and Unicode's forms hide no owner from a rule that restricts; one that frees is exact."""
+    document = replace(DOCUMENT, license="MIT", owner=spelt)
+    assert Policy(owners=(("Jos\u00e9", Tier.RESTRICTED),)).tier(document) is Tier.RESTRICTED
+    freed = Policy(owners=(("Jos\u00e9", Tier.PD),)).tier(document)
+    assert freed is (Tier.PD if spelt == "Jos\u00e9" else Tier.SW)
 
 
 def test_a_pattern_frees_no_expression_that_merely_begins_like_it():

@@ -80,6 +80,14 @@ def test_what_many_permissive_documents_have_is_common_property(tmp_path: Path):
     assert len(list(compared(tmp_path / "y", [*documents, (header, Role.RESTRICTED)]).passages())) == 12
 
 
+def test_a_document_that_repeats_itself_makes_nothing_common(tmp_path: Path):
+    """A held-out passage that one document has a dozen times is found in it, and in another that has it once."""
+    held = " ".join(text(7, 80))
+    once, often = f"{held} {' '.join(text(8, 200))}", "\n\n".join([held] * 12)
+    documents = [(once, Role.TRAINING), (often, Role.TRAINING), (held, Role.EVALUATION)]
+    assert {number for number, _ in compared(tmp_path / "x", documents).passages()} == {0, 1}
+
+
 def test_the_lowest_rank_is_named_and_kept(tmp_path: Path):
     """Of several that share a text the one of the lowest rank is named, in whatever order they came."""
     shared = " ".join(text(1, 400))

@@ -16,8 +16,10 @@ import pytest
 from silo.collect import collect
 from silo.corpus import SIDES, Corpus
 from silo.errors import DataError, UsageError
+from silo.evidence import UNREADABLE
 from silo.files import sha256
 from silo.findings import Finding
+from silo.hub import load_recipe
 from silo.sources import open_source
 
 CODE = "def add(a, b):\n    return a + b\n" * 10
@@ -113,6 +115,7 @@ def test_each_reason_for_refusing_a_file_is_told(tmp_path: Path):
     [
         (b"GNU GENERAL PUBLIC LICENSE\nVersion 3, 29 June 2007", "(MIT) AND (GPL-3.0-only)"),
         (b"Permission is hereby granted, free of charge, to any person", "MIT"),
+        (b"Permission is hereby granted, free of charge, except to sell: Commons Clause", f"(MIT) AND ({UNREADABLE})"),
     ],
 )
 def test_a_licence_file_that_is_stricter_than_the_metadata_counts(tmp_path: Path, file, license):
@@ -222,6 +225,8 @@ def test_the_common_pile_is_read_row_by_row(tmp_path: Path):
         "Apache 2 License - https://www.apache.org/licenses/LICENSE-2.0": "Apache-2.0",
         "MIT License": "MIT",
         "Creative Commons - Attribution Non-Commercial": "Creative Commons - Attribution Non-Commercial",
+        "Apache 2 License with Commons Clause": "Apache 2 License with Commons Clause",
+        "creativecommons.org/licenses/by/4.0/ ; not for sale": "creativecommons.org/licenses/by/4.0/ ; not for sale",
     }
     rows = [
         {
@@ -237,6 +242,14 @@ def test_the_common_pile_is_read_row_by_row(tmp_path: Path):
     documents = list(open_source(f"hf:{tmp_path / 'arxiv'}", recipe=Path("common-pile")))
     assert [document.license for document in documents] == list(spelt.values())
     assert {(document.owner, document.source) for document in documents} == {("Ada", "arXiv")}
+
+
+def test_of_several_licences_of_a_row_all_hold():
+    """A list of licences is read one by one, and is as strict as the strictest of them."""
+    recipe = load_recipe(None, "common-pile/arxiv")
+    both = ["https://creativecommons.org/licenses/by/4.0/", "https://creativecommons.org/licenses/by-sa/4.0/"]
+    assert recipe.license(both[:1], "") == "CC-BY-4.0"
+    assert recipe.license(both, "") == "(CC-BY-4.0) AND (CC-BY-SA-4.0)"
 
 
 def test_a_recipe_maps_fields_and_licences(tmp_path: Path):
@@ -290,6 +303,8 @@ def test_a_directory_is_read_as_the_reuse_specification_has_it(tmp_path: Path):
         (b"# SPDX-License-Identifier: MIT\r\nx = 1\r\n", "MIT"),
         (b"/* SPDX-License-Identifier: MIT */\r\n", "MIT"),
         (b"# SPDX-License-Identifier: MIT\x0c\n", "MIT"),
+        (b"# SPDX-License-Identifier: MIT\n# SPDX-License-Identifier: GPL-3.0-only\n", "(MIT) AND (GPL-3.0-only)"),
+        (b"x = 'SPDX-License-Identifier: MIT'\n", "NOASSERTION"),
         (b"# SPDX-License-Identifier:\nx = 1\n", "NOASSERTION"),
         (b"# SPDX-License-Identifier: \r\nx = 1\r\n", "NOASSERTION"),
     ],
@@ -303,6 +318,25 @@ def test_a_tag_ends_with_its_line_whatever_ends_lines(tmp_path: Path, tag, licen
     collect([str(tmp_path / "in")], tmp_path / "out")
     corpus = Corpus.open(tmp_path / "out" / ("permissive" if license == "MIT" else "restricted"))
     assert [each.license for split in SIDES[corpus.manifest["side"]] for each in corpus.documents(split)] == [license]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "license"),
+    [
+        ("a.md", "<!--\nSPDX-FileCopyrightText: 2020 Ada\n\nSPDX-License-Identifier: MIT\n-->\n\n# Title\n", "MIT"),
+        ("a.md", "---\ntitle: x\nSPDX-License-Identifier: MIT\n---\ntext\n", "MIT"),
+        ("a.rst", "..\n   SPDX-License-Identifier: MIT\n\nText\n", "MIT"),
+        ("a.txt", "Copyright 2020 Ada\nSPDX-License-Identifier: MIT\n\nText\n", "MIT"),
+        ("a.txt", "Put this line at the top:\n\n    SPDX-License-Identifier: MIT\n", "NOASSERTION"),
+        ("a.md", "# How to tag\n\n```\nSPDX-License-Identifier: MIT\n```\n", "NOASSERTION"),
+        ("a.md", "<!-- REUSE-IgnoreStart -->\n<!-- SPDX-License-Identifier: MIT -->\n", "NOASSERTION"),
+    ],
+)
+def test_a_text_that_shows_a_tag_is_not_under_it(tmp_path: Path, name, text, license):
+    """In prose a tag counts at the top, in comments or front matter, and not as the example that a text gives."""
+    (tmp_path / name).write_text(text)
+    (document,) = open_source(str(tmp_path / name))
+    assert document.license == license
 
 
 def test_a_name_on_disk_that_is_no_unicode_is_refused(tmp_path: Path):
