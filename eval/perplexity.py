@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from silo.documents import Document
-from silo.errors import DataError, UsageError
+from silo.errors import DataError, SiloError, UsageError
 from silo.files import canonical_json, sha256
 from silo.gate import Gate, Lessons
 from silo.language_model import LanguageModel
@@ -122,7 +122,10 @@ def sample(documents: Iterable[Document], mixture: Mixture, budget: int | None) 
 
 
 def score(mixture: Mixture, texts: Sequence[Text], *, progress: Progress | None = None) -> Scores:
-    """Score every token of some texts by every method of a mixture."""
+    """Score every token of some texts by every method of a mixture.
+
+    Raises :class:`SiloError` if the model gives what is no number.
+    """
     given: dict[str, list[torch.Tensor]] = {}
     evidence: dict[str, list[torch.Tensor]] = {}
     distances, hits = [], []
@@ -137,6 +140,14 @@ def score(mixture: Mixture, texts: Sequence[Text], *, progress: Progress | None 
             hits.append(torch.from_numpy(parts.knn.neighbours.values) == tokens.unsqueeze(1))
         if progress and parts.end == len(texts[number].tokens):
             progress(number + 1, len(texts))
+    lm = torch.cat(given["lm"])
+    if not lm.isfinite().all():
+        bounds = np.cumsum([len(text.tokens) for text in texts])
+        first = int(np.searchsorted(bounds, int((~lm.isfinite()).nonzero()[0]), side="right"))
+        raise SiloError(
+            f"the model gives no number to tokens of document {texts[first].document.id!r}; its weights hold such as "
+            "are none, or overflow: restore or train it again"
+        )
     return Scores(
         {name: torch.cat(values) for name, values in given.items()},
         torch.cat(distances) if distances else None,

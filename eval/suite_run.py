@@ -8,13 +8,14 @@ into a file first, and the test text is scored with what the file says.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datastore.loading import OWN_GATE
+from datastore.selection import Selection
 from datastore.store import Store
 from eval import perplexity as measure
 from eval.leakage import leakage
@@ -45,6 +46,8 @@ class Contestant:
     mixture: Mixture
     store: Store | None
     protocol: Protocol | None
+    left_out: tuple[str, ...] = ()
+    """Documents of the store that are asked about, and so do not answer."""
 
     @classmethod
     def open(cls, name: str, entry: Entry, protocol: Protocol | None, base: Path) -> Contestant:
@@ -60,11 +63,31 @@ class Contestant:
             mixture.model = model.reading_by(protocol.cut)
         return cls(name, entry, mixture, store, protocol)
 
+    def asked(self, domain: Texts) -> Contestant:
+        """The same without the documents of a domain, if its store has them, so that no position finds itself."""
+        if self.store is None:
+            return self
+        hashes = {document.content_hash for document in (*domain.test, *domain.validation)}
+        present = sorted(row.id for rows in self.store.rows().values() for row in rows if row.content_hash in hashes)
+        if not present:
+            return self
+        deny, nearest = Selection(documents=tuple(present)), self.mixture.nearest
+        mixture = self.store.mixture(self.mixture.model, self.entry.use, deny=deny, nearest=nearest)
+        return replace(self, mixture=mixture, left_out=tuple(present))
+
+    def leakage(self, texts: Sequence[Text]) -> dict[str, Any] | None:
+        """What its store holds of some texts, but for the documents that do not answer; None without a store."""
+        if self.store is None:
+            return None
+        seen = self.store.select(deny=Selection(documents=self.left_out)) if self.left_out else self.store
+        return leakage(seen.ngrams(), [text.tokens for text in texts])
+
     def described(self) -> dict[str, Any]:
         """What identifies it in a result."""
         return {
             "model": self.mixture.model.fingerprint,
             "store": self.store.hash if self.store is not None else None,
+            "left_out_of_store": list(self.left_out),
             "use": list(self.entry.use),
             "nearest": self.mixture.nearest.to_json() if self.store is not None else None,
         }
@@ -149,7 +172,7 @@ def run(suite: Suite, out: Path, base: Path, progress: Progress | None = None) -
     for name, entry in suite.models.items():
         contestant = Contestant.open(name, entry, suite.protocol, base)
         for domain in domains:
-            record = measured(contestant, domain, out, base)
+            record = measured(contestant.asked(domain), domain, out, base)
             cells.append(Cell(name, domain.name, domain.permissive, record))
             if progress:
                 progress(len(cells), total)
@@ -199,9 +222,6 @@ def score_cell(contestant: Contestant, texts: Sequence[Text], weights: Path | No
         name: [float(part.sum()) for part in scores.log_probabilities(weighing).split(lengths)]
         for name, weighing in weighings.items()
     }
-    leaked = None
-    if contestant.store is not None:
-        leaked = leakage(contestant.store.ngrams(), [text.tokens for text in texts])
     return {
         "documents": [text.document.content_hash for text in texts],
         "licenses": sorted({text.document.license for text in texts}),
@@ -209,7 +229,7 @@ def score_cell(contestant: Contestant, texts: Sequence[Text], weights: Path | No
         "bytes": [bytes_of(text, model) for text in texts],
         "log_probability": sums,
         "mixtures": {name: measure.described(each, scores.evidence) for name, each in weighings.items()},
-        "leakage": leaked,
+        "leakage": contestant.leakage(texts),
     }
 
 

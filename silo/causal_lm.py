@@ -122,7 +122,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             for parts in said:
                 place = end - row.position(len(row.inputs)) + parts.begin - (input_ids.shape[1] - width)
                 mixed = parts.distribution(self.weighing).clamp_min_(1e-300).log_()
-                out[max(0, place) : place + len(mixed)] = mixed[max(0, -place) :]
+                if place + len(mixed) > 0:  # of a row padded on the right, all may lie before what is kept
+                    out[max(0, place) : place + len(mixed)] = mixed[max(0, -place) :]
         keeps = self.config.use_cache if use_cache is None else use_cache
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if keeps else None)
 
@@ -159,6 +160,8 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UsageError: there is no store from which something could be copied, or nothing could be written.
         """
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         tokens = self._tokens(prompt)
         ids = torch.tensor([[self.mixture.model.start_token, *tokens]])
         drawing: dict[str, Any] = {"do_sample": False}

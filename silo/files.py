@@ -194,7 +194,12 @@ def read_sealed(path: Path, format: int) -> dict[str, Any]:
 
 def sync_directory(directory: Path) -> None:
     """Make renames and removals in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    sync_file(directory)
+
+
+def sync_file(path: Path) -> None:
+    """Make what another library wrote durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -157,7 +157,8 @@ def fit_gate(
     """
     features = tuple(name for name in lessons.evidence if name not in LEFT_OUT and _belongs(name, methods))
     inputs = [torch.stack([each.evidence[name] for name in features], dim=1).double() for each in (lessons, held_out)]
-    mean, scale = inputs[0].mean(dim=0), inputs[0].std(dim=0, correction=0).clamp_min(1e-6)
+    mean, scale = inputs[0].mean(dim=0), inputs[0].std(dim=0, correction=0)
+    scale = torch.where(scale > 1e-6, scale, 1.0)  # of what never varied, no multiple of nothing
     generator = torch.Generator().manual_seed(seed)
     network = _network(len(features), len(methods), generator)
     tau = _middle(lessons.distances)

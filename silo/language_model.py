@@ -156,10 +156,16 @@ class LanguageModel:
         return other
 
     def tokenize(self, document: Document) -> np.ndarray:
-        """Token ids of a document's whole text, (n,) int32. Raises :class:`DataError` if there are none."""
+        """Token ids of a document's whole text, (n,) int32. Raises :class:`DataError` if there are none, or the model
+        does not know one."""
         ids = self.tokenizer(document.full_text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise DataError(f"document {document.id!r} has no tokens; remove it from the input")
+        if (most := max(ids)) >= self.vocab_size:
+            raise DataError(
+                f"document {document.id!r} has token {most}, and the model knows {self.vocab_size}; the tokenizer is "
+                "another model's: restore the directory"
+            )
         return np.asarray(ids, dtype=np.int32)
 
     def inputs(self, tokens: np.ndarray) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import isqrt
 from typing import Any
 
@@ -90,6 +91,10 @@ class SiloConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; expected a whole number, at least 1")
+        for name in ("initializer_range", "rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value!r}; expected a number above 0")
         if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
             raise UsageError(f"moe_intermediate_size is {self.moe_intermediate_size}; expected at least 1, or none")
         kinds = self.ffn if isinstance(self.ffn, list) else [self.ffn] * self.num_hidden_layers

@@ -77,6 +77,8 @@ class ModelReading:
         exponents = shifted.exp()
         total = exponents.sum(dim=1).double()
         entropy = total.log() - exponents.mul_(shifted).sum(dim=1).double() / total
+        if entropy.isnan().any():  # 0 · ∞, of what a model rules out
+            entropy = total.log() - exponents.nan_to_num_(nan=0.0).sum(dim=1).double() / total
         return top.squeeze(1).double() + total.log(), entropy, -total.log()
 
     def __len__(self) -> int:

@@ -119,13 +119,15 @@ class Weights:
             if not (
                 set(weights) == set(by_method) <= set(METHODS)
                 and "lm" in weights
+                and ("ngram" in weights or not table)
                 and min(values) >= 0
                 and abs(sum(values) - 1) <= 1e-9
                 and read.temperature > 0
             ):
                 raise UsageError(
                     f"{where} has weights {weights} and temperature {read.temperature}; expected weights from 0 "
-                    f"of lm and some of {', '.join(METHODS[1:])} that sum to 1, and a temperature above 0"
+                    f"of lm and some of {', '.join(METHODS[1:])} that sum to 1, a temperature above 0, and by_suffix "
+                    "with ngram alone"
                 )
         return read
 
@@ -172,7 +174,8 @@ def _weighing(content: Mapping[str, Any], use: Sequence[str] | None, where: str)
     if content and set(content) <= {*METHODS, "temperature"}:
         given = {name: content[name] for name in METHODS if name in content}
         try:
-            given.setdefault("lm", 1.0 - sum(given.values()))
+            left = 1.0 - sum(given.values())
+            given.setdefault("lm", left if abs(left) > 1e-9 else 0.0)  # as of 0.33 + 0.56 + 0.11
         except TypeError:
             raise UsageError(f"{where} has weights {dict(content)}; expected numbers") from None
         content = {"weights": given, "temperature": content.get("temperature", 1.0)}

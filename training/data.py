@@ -23,6 +23,10 @@ RARE_SHARE, RARE_REPEATS = 0.05, 3
 """SILO (section 3.2) counts a domain with less than this share of the tokens three times."""
 
 
+KEPT_DOCUMENTS = 16_000_000
+"""Passes are kept, in case a step goes back to them, while they hold so many documents together: 256 MB."""
+
+
 class Domain:
     """The documents of one domain, in an endless, seeded order."""
 
@@ -88,11 +92,14 @@ class Domain:
 
     def _laid_out(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of one pass, and where each document begins in it."""
-        if number not in self._passes:
+        found = self._passes.pop(number, None)
+        if found is None:
             order = np.random.default_rng([self._seed, number]).permutation(len(self._begins))
-            starts = np.concatenate([[0], np.cumsum((self._ends - self._begins)[order])])
-            self._passes = {number: (order, starts)}
-        return self._passes[number]
+            found = order, np.concatenate([[0], np.cumsum((self._ends - self._begins)[order])])
+        self._passes[number] = found
+        if len(self._passes) * len(self._begins) > KEPT_DOCUMENTS and len(self._passes) > 1:
+            del self._passes[next(iter(self._passes))]  # that which was not asked for longest
+        return found
 
 
 class Mixture:
@@ -150,8 +157,8 @@ class Mixture:
     def draw(self, count: int, weights: Mapping[str, float]) -> list[tuple[str, int]]:
         """The next ``count`` sequences, from the domains by weight, in random order; domain and index of each.
 
-        As many come from each domain as its weight asks for, rounded at random, so that a single domain is simply read
-        from front to back. A sequence that lies within a prompt has nothing to learn, and the next takes its place.
+        As many come from each domain as its weight asks for, rounded at random. A sequence that lies within a prompt
+        has nothing to learn, and the next takes its place.
         """
         names = sorted(weights)
         exact = np.asarray([weights[name] for name in names]) * count
@@ -225,5 +232,8 @@ class Mixture:
 def _normalized(weights: Mapping[str, float]) -> dict[str, float]:
     total = sum(weights.values())
     if not total > 0:
-        raise UsageError("no domain has a whole training sequence; collect more text, or lower sequence_length")
+        raise UsageError(
+            "no domain with a weight above 0 has a whole training sequence; collect more text, lower "
+            "sequence_length, or give such a domain a weight"
+        )
     return {name: weight / total for name, weight in weights.items()}

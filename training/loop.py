@@ -105,7 +105,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             mixed_precision=recipe.mixed_precision, log_with=recipe.trackers or None, project_dir=logs
         )
     except ValueError as error:
-        raise UsageError(f"trackers is {recipe.trackers}: {error}") from None
+        asked = f"trackers is {recipe.trackers}: " if recipe.trackers else ""
+        raise UsageError(f"{asked}accelerate refuses the recipe's settings or this process's state: {error}") from None
     if len(accelerator.log_with) < len(recipe.trackers):  # accelerate leaves out what is not installed.
         raise UsageError(
             f"trackers is {recipe.trackers}, and not all of them are installed; "

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from silo.corpus import FORMAT, MODEL_CARD, TRAINED_ON
-from silo.files import canonical_json, remove_tree, sealed, sha256_file, sync_directory, write_file, write_json
+from silo.files import (
+    canonical_json,
+    remove_tree,
+    sealed,
+    sha256_file,
+    sync_directory,
+    sync_file,
+    write_file,
+    write_json,
+)
 from silo.language_model import fingerprint, quiet_transformers
 from silo.licensing import Policy
 from silo.modeling import SiloForCausalLM
@@ -90,6 +99,9 @@ def save(
         }
         write_file(directory / "README.md", model_card(card, lesson).encode())
         write_json(directory / MODEL_CARD, sealed(card))
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            sync_file(path)  # of which transformers has synced none, and the checkpoints go when this is there
+        sync_directory(directory)
         directory.rename(recipe.output)
     except BaseException:
         remove_tree(directory)

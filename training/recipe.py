@@ -147,6 +147,8 @@ class Recipe:
         if self.mixture is not None and self.upsample:
             raise UsageError("mixture and upsample are both set; a mixture has all weights already: choose one")
         for pattern, share in (self.mixture or {}).items():
+            if not isinstance(pattern, str):
+                raise UsageError(f"mixture: {pattern!r} is a {type(pattern).__name__}; put the domain's name in quotes")
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
                 raise UsageError(f"mixture: {pattern!r} has share {share!r}; expected a number from 0")
 

@@ -36,7 +36,7 @@ class Run:
     ) -> None:
         self.recipe, self.accelerator, self.plan = recipe, accelerator, plan
         self.losses: list[float] = []
-        """Of each step, in nats a token."""
+        """Of each step, in nats a token, without what routers add to balance their experts."""
         kinds = {"tier": "tier"} | ({"domain": recipe.domains} if recipe.domains else {})
         self.validation = {
             kind: Mixture(tokens, "val", by=field, length=recipe.sequence_length, seed=recipe.seed)
@@ -80,9 +80,10 @@ class Run:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 batch = {key: value.to(accelerator.device) for key, value in batch.items()}
                 out = self.model(**batch, use_cache=False)
-                share = out.loss * (count / total)
-                accelerator.backward(share * accelerator.num_processes)  # of which the mean is taken
-            losses.append(share.detach())
+                share = count / total
+                accelerator.backward(out.loss * share * accelerator.num_processes)  # of which the mean is taken
+            balance = 0.0 if out.aux_loss is None else out.aux_loss.detach()
+            losses.append((out.loss.detach() - balance) * share)
             if self._routing is not None:
                 self._routing.add(out.routings)
         self._finish(sequences, torch.stack(losses), self._clip(), factor)

@@ -19,7 +19,7 @@ from silo.errors import StoreError, UsageError
 from silo.explanation import pieces
 from silo.gate import HIDDEN, Gate
 from silo.nearest import Nearest
-from silo.weights import Weights, read_weighing
+from silo.weights import METHODS, Weights, read_weighing
 
 WEIGHTS = {"knn": 0.3, "ric": 0.2, "ngram": 0.1, "temperature": 4.0}
 PROMPT = "import os\n\ndef main("
@@ -133,6 +133,16 @@ def test_neighbours_are_looked_up_as_the_gate_learnt(model, store):
         ({"weights": {"knn": "much"}}, "expected numbers"),
         ({"weights": {"knn": 1.3}}, "sum to 1"),
         ({"weights": {"mixtures": {}}}, "no mixture"),
+        (
+            {
+                "weights": {
+                    "weights": {"lm": 0.7, "knn": 0.3},
+                    "temperature": 1,
+                    "by_suffix": {"1": {"lm": 1, "knn": 0}},
+                }
+            },
+            "by_suffix with ngram alone",
+        ),
         ({"weights": "nowhere.json"}, "does not exist"),
     ],
 )
@@ -147,6 +157,7 @@ def test_a_store_asks_for_weights(store, model):
     with pytest.raises(UsageError, match="a store without weights"):
         silo.load(model, store=store)
     assert read_weighing({"knn": 0.3}).methods == ("lm", "knn")
+    assert read_weighing({"knn": 0.33, "ric": 0.56, "ngram": 0.11}).methods == METHODS  # sum to a little more than 1
 
 
 def test_a_store_of_another_model_is_refused(store, model):

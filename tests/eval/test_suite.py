@@ -84,6 +84,20 @@ def test_numbers_are_those_of_eval_perplexity(base, plan, write, tmp_path, model
     assert read_result(tmp_path / "out") == value
 
 
+def test_no_text_finds_itself(base, plan, write, tmp_path, model, model_dir, control, documents):
+    """Test and validation text that the store holds is left out, as `silo eval perplexity` does: numbers, weights and
+    leakage are those of a store without it."""
+    domain = read_domains(load_suite(write(plan)), base)[0]
+    held = [domain.test[0], domain.validation[-1]]
+    store = Store.create(tmp_path / "store", model, model_dir / "tokenizer.json", control)
+    store.add([*(replace(each, text=each.text[:600]) for each in documents[:6]), *held], model)
+    plan["models"] = {"holds": {"path": "model", "store": str(tmp_path / "store"), "use": USE}, **plan["models"]}
+    value = invoke_json("suite", write(plan), "--base", base, "--out", tmp_path / "out")
+    holds, mixed = ([row for row in value["rows"] if row["model"] == name] for name in ("holds", "mixed"))
+    assert [{**row, "model": "mixed"} for row in holds] == mixed
+    assert [cell["left_out_of_store"] for cell in value["cells"]] == [sorted(each.id for each in held), [], []]
+
+
 def test_neighbours_are_looked_up_as_the_suite_says(base, plan, write, tmp_path):
     """Numbers are those of `silo eval perplexity --neighbours`, in cells of their own; a file of weights says how it
     wants them, and a suite that wants others is refused."""

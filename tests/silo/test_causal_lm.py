@@ -188,6 +188,18 @@ def test_the_last_logits_alone(lm, model, text):
     torch.testing.assert_close(lm(ids, logits_to_keep=3).logits, lm(ids).logits[:, -3:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [1, 3, 12, 16, 19, 20])
+def test_the_last_logits_of_rows_that_end_before_them(lm, model, text, keep):
+    """Of a row that is padded on the right, whatever is kept is what all of the answer has there."""
+    ids = given(model, text[:19]).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    whole = lm(ids, attention_mask=mask).logits
+    torch.testing.assert_close(
+        lm(ids, attention_mask=mask, logits_to_keep=keep).logits, whole[:, -keep:], rtol=0, atol=1e-5
+    )
+
+
 def greedy(lm, ids: torch.Tensor, count: int) -> list[int]:
     """The likeliest continuation, from the whole text at each step."""
     for _ in range(count):
@@ -289,3 +301,5 @@ def test_what_cannot_be_read_is_said_in_one_line(lm, mixture, model, text):
         lm(ids, past_key_values=foreign)
     with pytest.raises(UsageError, match="weights for lm, knn"):
         MixtureForCausalLM(Mixture(model), Weights({"lm": 0.5, "knn": 0.5}))
+    with pytest.raises(UsageError, match="max_new_tokens is 0"):
+        lm.generate_with_sources("a", max_new_tokens=0)

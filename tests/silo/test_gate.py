@@ -105,6 +105,19 @@ def test_without_neighbours_it_weighs_the_rest():
     assert not any(name.startswith("knn") for name in gate.features)
 
 
+def test_what_never_varied_decides_nothing_later():
+    """Evidence that was the same in all lessons may move by one at use, and the weights stay what they were, nearly."""
+    constant = [
+        replace(each, evidence={**each.evidence, "knn_found": torch.ones(TOKENS)}) for each in map(lessons, (0, 1))
+    ]
+    gate = fit_gate(*constant, ["lm", "knn", "ngram"])
+    moved = {**constant[1].evidence, "knn_found": torch.zeros(TOKENS)}
+    before, after = gate.weigh(constant[1].evidence), gate.weigh(moved)
+    long = constant[1].evidence["ngram_class"].bool()
+    for weights in (before, after):
+        assert weights["ngram"][long].mean() > weights["ngram"][~long].mean() + 0.3
+
+
 def test_equal_seeds_make_equal_bits(gate):
     """Learning again from the same tokens gives the same file."""
     again = fit_gate(lessons(0), lessons(1), ["lm", "knn", "ngram"])

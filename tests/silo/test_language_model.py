@@ -301,6 +301,18 @@ def test_a_broken_model_is_one_line_on_the_terminal(model_dir, tmp_path):
     assert "for 9 parameters of the model" in done.stderr
 
 
+def test_a_token_that_the_model_does_not_know_is_named(model_dir, tmp_path):
+    """A tokenizer with more tokens than the model is no error until a text has one; then the text is named."""
+    directory = copy_of(model_dir, tmp_path)
+    tokenizer = LanguageModel.load(directory).tokenizer
+    tokenizer.add_tokens(["unheard of"])
+    tokenizer.save_pretrained(directory)
+    model = LanguageModel.load(directory)
+    assert len(model.tokenize(Document(id="a", text="heard of"))) > 0
+    with pytest.raises(DataError, match=r"document 'b' has token 512, and the model knows 512"):
+        model.tokenize(Document(id="b", text="unheard of"))
+
+
 def test_a_directory_that_is_not_there_is_wrong_use(tmp_path):
     """A path with nothing behind it says what was expected."""
     with pytest.raises(UsageError, match=r"none is not a model directory: config\.json is missing; train one with"):

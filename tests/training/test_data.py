@@ -187,6 +187,21 @@ def test_a_second_pass_has_another_order(tokens: Tokens):
     assert second == [again.sequence("all", n)[0].tolist() for n in range(count, 2 * count)]
 
 
+def test_passes_are_laid_out_once(monkeypatch: pytest.MonkeyPatch):
+    """Sequences of several passes in any order lay out each pass once, and are the same if none is kept."""
+    ends = np.arange(1, 101) * 7
+    domain, forgetful = (Domain(ends - 7, np.zeros(100, int), ends, length=50, seed=0) for _ in range(2))
+    order = np.random.default_rng(0).permutation(3 * domain.sequences)
+    permuted = []
+    make = np.random.default_rng
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: permuted.append(seed) or make(seed))
+        found = [domain.spans(int(index)) for index in order]
+    assert sorted(permuted) == [[0, 0], [0, 1], [0, 2]]
+    monkeypatch.setattr("training.data.KEPT_DOCUMENTS", 0)
+    assert [forgetful.spans(int(index)) for index in order] == found
+
+
 def test_rare_domains_count_three_times(tokens: Tokens):
     """With upsampling, a domain under 5 % of the tokens has three times its share against the large one."""
     mixture = Mixture(tokens, "train", by="source", length=LENGTH, seed=0)

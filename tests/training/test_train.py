@@ -105,6 +105,23 @@ def test_the_loss_falls(recipe_file, tmp_path, side):
     assert nats_a_token(output, held_out) < nats_a_token(untrained_output, held_out) - 0.5
 
 
+def test_what_balances_experts_is_no_loss_of_the_text(recipe_file, tmp_path):
+    """The loss that is told does not hang on how much routers count, if nothing is learnt."""
+    plain, _ = run(recipe_file, f"output={tmp_path / 'plain'}", "learning_rate=0", "model.router_aux_loss_coef=0")
+    heavy, _ = run(recipe_file, f"output={tmp_path / 'heavy'}", "learning_rate=0", "model.router_aux_loss_coef=1")
+    assert heavy["loss"] == plain["loss"]
+
+
+def test_a_model_is_on_the_disk_before_it_has_its_name(recipe_file, tmp_path, monkeypatch):
+    """Every file is synced while the directory is still a partial one: the checkpoints go once it has its name."""
+    synced = []
+    sync = training.model_directory.sync_file
+    monkeypatch.setattr(training.model_directory, "sync_file", lambda path: synced.append(path) or sync(path))
+    _, output = run(recipe_file)
+    assert {path.name for path in synced} == {path.name for path in output.iterdir()}
+    assert {path.parent.name for path in synced} == {f".{output.name}.partial"}
+
+
 def test_what_taught_is_listed(recipe_file, side):
     """Beside the weights stands one row for each training document, with its licence and hash and without its text."""
     summary, output = run(recipe_file)
@@ -167,6 +184,7 @@ WRONG = [
     ("model.architectures=[x]", "unknown setting 'model.architectures'"),
     ("model.hidden_size=big", "model.hidden_size is 'big'; expected int"),
     ("model.rms_norm_eps=small", "model.rms_norm_eps is 'small'; expected float"),
+    ("model.initializer_range=-1", "initializer_range is -1.0; expected a number above 0"),
     ("model.ffn=peeer", "ffn is 'peeer'"),
     ("model.num_attention_heads=3", "num_attention_heads 3"),
     ("model=[]", "model is []; expected dict"),
