@@ -10,6 +10,7 @@ is written.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ def build_index(directory: Path, blocks: Iterable[Block]) -> None:
         DataError: a key has a character that UTF-8 cannot hold.
         StoreError: Lucene cannot write, for example because the disk is full. What it wrote so far is not an index.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
         _write(files, lambda writer: _add_blocks(writer, blocks))
 
@@ -62,7 +64,23 @@ def cut_index(directory: Path, whole: Path, gone: Iterable[str]) -> None:
         shutil.copyfile(file, directory / file.name)
     with java_errors(f"cannot write the BM25 index {directory}"), _open_directory(directory) as files:
         _write(files, lambda writer: writer.deleteDocuments(_with_keys(gone)), mode="APPEND")
+        wordless = _wordless_keys(files)
+        if wordless is not None:  # else a merge leaves the files of words there, with none in them
+            _write(files, lambda writer: _add_blocks(writer, (Block(key, "") for key in wordless)))
     _require_one_segment(directory)
+
+
+def _wordless_keys(files: Any) -> list[str] | None:
+    """The keys of all blocks of an index of one segment, in order, if none of them has a word; else None."""
+    with contextlib.closing(_lucene("index.DirectoryReader").open(files)) as reader:
+        if reader.getSumTotalTermFreq(_TEXT):
+            return None
+        leaf = java_cast(f"{_LUCENE}index.LeafReader", reader.leaves().get(0).reader())
+        keys = leaf.getSortedDocValues(_KEY)
+        found = []
+        while keys.nextDoc() < leaf.maxDoc():
+            found.append(str(keys.lookupOrd(keys.ordValue()).utf8ToString()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -285,9 +303,20 @@ def _open_readers(indexes: Sequence[Path | CutIndex]) -> Any:
 
 @contextlib.contextmanager
 def _open_directory(directory: Path) -> Iterator[Any]:
-    """A directory as Lucene sees it, without a lock file: the store has its own lock, and an index never changes."""
-    path = java_class("java.nio.file.Paths").get(str(directory.absolute()))
-    files = _lucene("store.FSDirectory").open(path, _lucene("store.NoLockFactory").INSTANCE)
+    """A directory as Lucene sees it, without a lock file: the store has its own lock, and an index never changes.
+
+    Lucene makes a directory that is not there, also one that a removal has just deleted. So it gets a name that is
+    always that of a directory: of one that was opened. Raises :class:`StoreError` if there is none.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StoreError(f"cannot open the BM25 index {directory}; rebuild it: {error.strerror}") from None
+    try:
+        path = java_class("java.nio.file.Paths").get(f"/proc/self/fd/{descriptor}")
+        files = _lucene("store.FSDirectory").open(path, _lucene("store.NoLockFactory").INSTANCE)
+    finally:
+        os.close(descriptor)  # Lucene has asked for the real path
     try:
         yield files
     finally:

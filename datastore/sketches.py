@@ -9,6 +9,7 @@ hash of words, so that the words cannot be read from it, and goes with its docum
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from silo.shingles import shingles
 SAMPLED = 8
 FEWEST_SHARED = 3
 """Documents that share fewer sampled shingles are not looked at."""
+LIKEST = 4
+"""A document is compared with so many of the documents that it may be like."""
 ALIKE = 0.5
 """Share of the shorter document's shingles from which on the longer one is a near-duplicate, or holds it."""
 
@@ -58,16 +61,21 @@ def candidates(hashes: np.ndarray, documents: np.ndarray, wanted: Sequence[np.nd
         wanted: sketches that :func:`sample` made.
 
     Returns:
-        Document → which of ``wanted`` it may be like.
+        Document → which of ``wanted`` it is most like, by the share of the smaller sketch; :data:`LIKEST` at most, or
+        documents with one header in common would each be compared with each.
     """
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[tuple[float, int]]] = {}
+    sizes = np.bincount(documents)
     for which, sketch in enumerate(wanted):
         begins, ends = np.searchsorted(hashes, sketch), np.searchsorted(hashes, sketch, side="right")
         runs = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
         numbers, counts = np.unique(documents[np.concatenate([np.zeros(0, np.int64), *runs])], return_counts=True)
-        for number in numbers[counts >= FEWEST_SHARED].tolist():
-            found.setdefault(number, []).append(which)
-    return found
+        shares = counts / np.minimum(sizes[numbers], len(sketch))
+        enough = counts >= FEWEST_SHARED
+        for number, share in zip(numbers[enough].tolist(), shares[enough].tolist(), strict=True):
+            heap = found.setdefault(number, [])
+            (heapq.heappushpop if len(heap) == LIKEST else heapq.heappush)(heap, (share, -which))
+    return {number: sorted(-which for _, which in heap) for number, heap in found.items()}
 
 
 def every_shingle(text: str) -> np.ndarray:

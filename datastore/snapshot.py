@@ -93,10 +93,14 @@ class Snapshot:
         """Say so if what is being read is missing because another process changed the store since it was opened."""
         try:
             yield
-        except (OSError, StoreError) as error:
-            if Manifest.read(self.path / "store.json").sequence != self.manifest.sequence:
-                raise StoreError(f"{self.path} was changed since it was opened; open it again") from error
+        except (OSError, StoreError):
+            self.require_unchanged()
             raise
+
+    def require_unchanged(self) -> None:
+        """Raise :class:`StoreError` if another process has changed the store since it was opened."""
+        if Manifest.read(self.path / "store.json").sequence != self.manifest.sequence:
+            raise StoreError(f"{self.path} was changed since it was opened; open it again")
 
     def licenses(self) -> list[str]:
         """The licences that the live documents have, as they are stated, sorted."""
@@ -255,6 +259,10 @@ class Snapshot:
     def _opened(self, kind: str, documents: type[OfKind]) -> list[OfKind]:
         """The documents of every group of a kind. Files of those that are new are checked first, if to check all groups
         takes no longer than a moment."""
+        with self._as_opened():
+            return self._open(kind, documents)
+
+    def _open(self, kind: str, documents: type[OfKind]) -> list[OfKind]:
         directories = [self.path / kind / group.directory for group in self.groups_of(kind)]
         if new := [directory for directory in directories if directory not in self._mapped]:
             every = (self.path / of / group.directory for of in KINDS for group in self.groups_of(of))
@@ -344,7 +352,8 @@ class Snapshot:
         found: dict[str, dict[str, list[int]]] = {}
         for group in self.manifest.groups:
             directory, rows = self.path / "search" / group.directory, self.document_rows(group)
-            hashes, documents = (group_array(directory, f"sketches/{name}.npy") for name in ("hashes", "documents"))
+            with self._as_opened():
+                hashes, documents = (group_array(directory, f"sketches/{name}.npy") for name in ("hashes", "documents"))
             for number, which in sorted(candidates(hashes, documents, wanted).items()):
                 if (id := rows(number).id) not in own:
                     found.setdefault(group.shards[rows.shard_of(number)], {})[id] = which
@@ -379,7 +388,9 @@ class Snapshot:
         """One row a shard, for people."""
         table = []
         for name, rows in self.rows().items():
-            directory = self.path / "shards" / self.manifest.shards[name].directory
+            directory = self._shard_directory(name)
+            with self._as_opened():
+                size = sum(file.stat().st_size for file in directory.iterdir())
             table.append(
                 {
                     "shard": name,
@@ -388,7 +399,7 @@ class Snapshot:
                     "documents": len(rows),
                     "tokens": rows[-1].end,
                     "keys": sum(row.keys for row in rows),
-                    "bytes": sum(file.stat().st_size for file in directory.iterdir()),
+                    "bytes": size,
                 }
             )
         return table
@@ -401,7 +412,8 @@ class Snapshot:
         """
         if self.manifest.gate_file is None:
             raise UsageError(f"{self.path} has no gate of its own; learn one with `silo eval gate`")
-        read_checked(self.path / self.manifest.gate_file, self.manifest.gate)
+        with self._as_opened():
+            read_checked(self.path / self.manifest.gate_file, self.manifest.gate)
         return self.path / self.manifest.gate_file
 
     def log(self) -> list[dict[str, Any]]:

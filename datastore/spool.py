@@ -6,7 +6,7 @@
                                        of keys as many as the documents have
 
 A spool lies in the store's directory and is no part of the store. It lasts until the next change is committed,
-whichever that is. A removal deletes it first of all, since it might hold the very text that is to go.
+whichever that is. A removal deletes it first of all if it may hold the very text that is to go.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from datastore.shard import ARRAYS, OF_KEYS, DocumentRow, Encoded, describe
+from datastore.shard import ARRAYS, OF_KEYS, TOKEN_TYPES, DocumentRow, Encoded, describe, shard_name
 from silo.documents import Document
 from silo.errors import DataError
-from silo.files import canonical_json, remove_tree, write_file
+from silo.files import canonical_json, remove_tree, sha256, write_file
 
 OF = "of.json"
 ROWS = "rows.jsonl"
@@ -42,6 +42,38 @@ def count(directory: Path) -> int:
     """How many documents a spool holds; 0 if there is none."""
     rows = directory / ROWS
     return len(rows.read_bytes().splitlines()) if rows.is_file() else 0
+
+
+def lacks(directory: Path, wanted: Callable[[str, DocumentRow], bool], *, code_bytes: int) -> bool:
+    """Whether a spool has no document that is wanted, given its shard and row, nor a torn one, whose nobody can say.
+
+    Of a spool without keys that is not said: to encode it again takes no time.
+    """
+    rows = []
+    try:
+        for line in (directory / ROWS).read_bytes().splitlines(keepends=True):
+            fields = json.loads(line)
+            digest = fields.pop("sha256")
+            rows.append((DocumentRow(**fields), digest))
+            if not line.endswith(b"\n") or wanted(shard_name(rows[-1][0]), rows[-1][0]):
+                return False
+        arrays = [np.memmap(directory / f"{name}.bin", mode="r") for name in ARRAYS]
+    except FileNotFoundError:
+        return not directory.exists()
+    except (ValueError, KeyError, TypeError):
+        return False
+    first, digest = rows[0]
+    keys = sum(row.keys for row, _ in rows)
+    for kind in TOKEN_TYPES:  # a spool does not say how wide its tokens are, but what the first document's bytes are
+        widths = (np.dtype(kind).itemsize, 4, code_bytes)
+        begun = [
+            array[: count * width]
+            for array, count, width in zip(arrays, (first.end, first.keys, first.keys), widths, strict=True)
+        ]
+        if sha256(b"".join(part.tobytes() for part in begun)) == digest:
+            whole = zip(arrays, (rows[-1][0].end, keys, keys), widths, strict=True)
+            return all(len(array) == count * width for array, count, width in whole)
+    return False
 
 
 class Spool:

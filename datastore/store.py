@@ -256,7 +256,7 @@ class Store(Snapshot):
 
         A shard that loses all its documents is deleted. One that loses some is written anew without them, with no
         call of the model, and equals the shard that never held them. What an unfinished add has encoded goes first,
-        whoever's it is, even if nothing else is found to remove.
+        whoever's it is; if what is named is nowhere in the store, it goes if it may hold that.
 
         Args:
             selection: which documents.
@@ -269,8 +269,10 @@ class Store(Snapshot):
             UsageError: something named is not in the store.
         """
         with self._writing():
-            remove_tree(self._spool)
+            if not spooled.lacks(self._spool, selection.holds, code_bytes=self.control.codes.size):
+                remove_tree(self._spool)
             going = self.affected(selection)
+            remove_tree(self._spool)
             alike = self.near_duplicates(going) if duplicates != "ignore" else []
             if duplicates == "remove" and alike:
                 also = tuple(str(row["id"]) for row in alike)
@@ -389,12 +391,17 @@ class Store(Snapshot):
             "shards": {entry.directory for entry in self.manifest.shards.values()},
             **{kind: {group.directory for group in self.groups_of(kind)} for kind in KINDS},
         }
-        collected = []
+        collected, failed = [], []
         for kind, names in live.items():
             for name in sorted(set(os.listdir(self.path / kind)) - names):
                 orphan = self.path / kind / name
-                remove_tree(orphan) if orphan.is_dir() and not orphan.is_symlink() else orphan.unlink()
+                try:
+                    remove_tree(orphan) if orphan.is_dir() and not orphan.is_symlink() else orphan.unlink()
+                except OSError as error:  # which keeps nothing else on the disk
+                    failed.append(error)
                 collected.append(f"{kind}/{name}")
+        if failed:
+            raise failed[0]
         if self._spool.exists() and not spooled.is_of(self._spool, self._state()):
             remove_tree(self._spool)
             collected.append(SPOOL)

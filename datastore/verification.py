@@ -3,9 +3,9 @@ is nowhere in it."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +14,13 @@ import numpy as np
 
 from datastore.bm25 import index_content
 from datastore.groups import NGRAMS, PARTS, SEARCH, build_group, build_ngrams
+from datastore.manifest import Group
 from datastore.shard import TOKEN_TYPES
 from datastore.sketches import sample
 from datastore.snapshot import Snapshot
 from silo.documents import Document
 from silo.errors import IntegrityError
-from silo.files import load_array, sha256_file
+from silo.files import exclusive_lock, load_array, remove_tree, sha256_file, staging
 
 if TYPE_CHECKING:
     from silo.language_model import LanguageModel
@@ -41,30 +42,49 @@ _PROBES = 64
 def verify_derived(store: Snapshot) -> int:
     """Build every search structure anew from the shards, and compare it with the store's.
 
+    It is built inside the store, where the next writer deletes it if this process dies: it is restricted text. No other
+    process writes meanwhile.
+
     Returns:
         How many were compared.
 
     Raises:
         IntegrityError: one is not what its shards give; the file is named.
+        StoreError: another process is writing, or has changed the store since it was opened.
     """
-    for group in store.manifest.groups:
-        directory = store.path / SEARCH / group.directory
-        with tempfile.TemporaryDirectory() as scratch:
-            entries = [store.manifest.shards[name] for name in group.shards]
-            again, lists = Path(scratch), len(store.control.centroids)
-            shards = [store.shard(name) for name in group.shards]
-            build_group(again, shards, entries, store.tokenizer, lists=lists, first_row=group.first_row)
-            _require_equal(again, directory, ("keys", "sketches"))
-            ours, theirs = index_content(directory / "blocks"), index_content(again / "blocks")
-            if ours != theirs:
-                different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-                raise _other_than_built(directory / "blocks", f" ({', '.join(different)})")
-    for group in store.manifest.ngrams:
-        with tempfile.TemporaryDirectory() as scratch:
-            entries = [store.manifest.shards[name] for name in group.shards]
-            build_ngrams(Path(scratch), [store.read_texts(name) for name in group.shards], entries)
-            _require_equal(Path(scratch), store.path / NGRAMS / group.directory, PARTS[NGRAMS])
+    with exclusive_lock(store.path / ".lock"):
+        store.require_unchanged()
+        for group in store.manifest.groups:
+            with _scratch(store.path / SEARCH) as again:
+                _require_search(store, group, again)
+        for group in store.manifest.ngrams:
+            with _scratch(store.path / NGRAMS) as again:
+                entries = [store.manifest.shards[name] for name in group.shards]
+                build_ngrams(again, [store.read_texts(name) for name in group.shards], entries)
+                _require_equal(again, store.path / NGRAMS / group.directory, PARTS[NGRAMS])
     return len(store.manifest.groups) + len(store.manifest.ngrams)
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A directory of its own, which is gone afterwards."""
+    with staging(parent) as directory:
+        try:
+            yield directory
+        finally:
+            remove_tree(directory)
+
+
+def _require_search(store: Snapshot, group: Group, again: Path) -> None:
+    """Raise unless keys, sketches and blocks of a group are what is built of its shards, in an empty directory."""
+    directory, lists = store.path / SEARCH / group.directory, len(store.control.centroids)
+    entries, shards = [store.manifest.shards[name] for name in group.shards], map(store.shard, group.shards)
+    build_group(again, list(shards), entries, store.tokenizer, lists=lists, first_row=group.first_row)
+    _require_equal(again, directory, ("keys", "sketches"))
+    ours, theirs = index_content(directory / "blocks"), index_content(again / "blocks")
+    if ours != theirs:
+        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise _other_than_built(directory / "blocks", f" ({', '.join(different)})")
 
 
 def _require_equal(built: Path, directory: Path, parts: Iterable[str]) -> None:
@@ -100,22 +120,31 @@ def find_traces(store: Snapshot, documents: Iterable[Document], model: LanguageM
     text, is not searched.
     """
     files = [path for path in sorted(store.path.rglob("*")) if path.is_file() and path.name != "tokenizer.json"]
-    for document in documents:
-        text = document.full_text
-        tokens = np.asarray(store.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        length = min(RUN_TOKENS, len(tokens))  # a short text is looked for as a whole
-        runs, sketch = _runs(tokens, length), sample(text)
-        codes = store.control.encode(model.keys(model.tokenize(document)))[1] if model is not None else None
-        pieces = [piece for encoding in ENCODINGS for piece in _pieces(text.encode(encoding))]
-        for path in files:
-            if path.stat().st_size and _has_bytes(path, pieces):
-                yield Trace(document.id, "bytes", path)
-            if any(np.isin(_runs(held, length), runs).any() for held in _tokens(path)):
-                yield Trace(document.id, "tokens", path)
-            if path.name == "hashes.npy" and len(sketch) and np.isin(sketch, load_array(path)).mean() > MOST:
-                yield Trace(document.id, "shingles", path)
-            if codes is not None and _share(codes, _codes(path, codes.shape[1])) > MOST:
-                yield Trace(document.id, "codes", path)
+    try:
+        for document in documents:
+            yield from _traces(store, files, document, model)
+    except OSError:
+        store.require_unchanged()
+        raise
+
+
+def _traces(store: Snapshot, files: Sequence[Path], document: Document, model: LanguageModel | None) -> Iterator[Trace]:
+    """Look for one text in some files."""
+    text = document.full_text
+    tokens = np.asarray(store.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    length = min(RUN_TOKENS, len(tokens))  # a short text is looked for as a whole
+    runs, sketch = _runs(tokens, length), sample(text)
+    codes = store.control.encode(model.keys(model.tokenize(document)))[1] if model is not None else None
+    pieces = [piece for encoding in ENCODINGS for piece in _pieces(text.encode(encoding))]
+    for path in files:
+        if path.stat().st_size and _has_bytes(path, pieces):
+            yield Trace(document.id, "bytes", path)
+        if any(np.isin(_runs(held, length), runs).any() for held in _tokens(path)):
+            yield Trace(document.id, "tokens", path)
+        if path.name == "hashes.npy" and len(sketch) and np.isin(sketch, load_array(path)).mean() > MOST:
+            yield Trace(document.id, "shingles", path)
+        if codes is not None and _share(codes, _codes(path, codes.shape[1])) > MOST:
+            yield Trace(document.id, "codes", path)
 
 
 def _pieces(data: bytes) -> list[bytes]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -58,6 +59,16 @@ class View:
         """How many documents there are."""
         return sum(len(each.texts.ids) if each.selected is None else int(each.selected.sum()) for each in self._groups)
 
+    @contextlib.contextmanager
+    def _as_chosen(self) -> Iterator[None]:
+        """Say so if files are gone that are opened, because the store was changed before or meanwhile."""
+        self._require_files()
+        try:
+            yield
+        except (OSError, StoreError):
+            self._require_files()
+            raise
+
     def _require_files(self) -> None:
         """Raise :class:`silo.errors.StoreError` where they are gone: what is mapped could be read all the same."""
         for directory in (*(each.directory for each in self._groups), *(each.directory for each in self._ngrams)):
@@ -66,29 +77,29 @@ class View:
 
     def neighbours(self, *, probes: int = PROBES, metric: Metric = "l2") -> NeighbourIndex:
         """The kNN index, mapped from disk; ``probes`` and ``metric`` are as in :class:`silo.nearest.Nearest`."""
-        self._require_files()
         from datastore.knn import NeighbourIndex  # which needs torch
 
-        groups, selected = [each.texts for each in self._groups], [each.selected for each in self._groups]
-        return NeighbourIndex(groups, self._control, selected, probes=probes, metric=metric)
+        with self._as_chosen():
+            groups, selected = [each.texts for each in self._groups], [each.selected for each in self._groups]
+            return NeighbourIndex(groups, self._control, selected, probes=probes, metric=metric)
 
     def blocks(self, *, k1: float = K1, b: float = B) -> BlockIndex:
         """The BM25 index; starts a JVM. Of ``k1`` and ``b`` see :class:`datastore.bm25.BM25Searcher`."""
-        self._require_files()
-        indexes = [
-            directory / "blocks" if mask is None else selected_blocks(directory / "blocks", keys, mask)
-            for directory, keys, mask in self._groups
-        ]
-        return BlockIndex(indexes, [each.texts for each in self._groups], k1=k1, b=b)
+        with self._as_chosen():
+            indexes = [
+                directory / "blocks" if mask is None else selected_blocks(directory / "blocks", keys, mask)
+                for directory, keys, mask in self._groups
+            ]
+            return BlockIndex(indexes, [each.texts for each in self._groups], k1=k1, b=b)
 
     def ngrams(self) -> NgramIndex:
         """The ∞-gram, mapped from disk."""
-        self._require_files()
         from datastore.ngrams import NgramIndex  # which needs numba
         from datastore.suffixes import Suffixes
 
-        groups = [Suffixes.open(each.texts, each.directory / "suffixes") for each in self._ngrams]
-        return NgramIndex(groups, [each.selected for each in self._ngrams])
+        with self._as_chosen():
+            groups = [Suffixes.open(each.texts, each.directory / "suffixes") for each in self._ngrams]
+            return NgramIndex(groups, [each.selected for each in self._ngrams])
 
     def mixture(
         self,

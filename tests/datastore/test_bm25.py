@@ -300,6 +300,13 @@ def test_missing_index_is_named(tmp_path):
         BM25Searcher([tmp_path / "good", tmp_path / "absent"])
 
 
+def test_a_reader_makes_no_directory(tmp_path):
+    """Who looks for an index that is gone leaves nothing behind: a directory made anew would stop its deletion."""
+    with pytest.raises(StoreError, match=r"cannot open the BM25 index .*gone"):
+        BM25Searcher([tmp_path / "store" / "gone"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nonsensical_k_is_refused(index):
     """Asking for no block at all is a wrong call."""
     with pytest.raises(UsageError, match="k is 0"):

@@ -190,6 +190,18 @@ def test_indexes_of_several_parts_are_cut_to_the_same(monkeypatch, tmp_path):
         assert index_content(tmp_path / f"built{number}") == expected
 
 
+@pytest.mark.parametrize("left", [["\n ;;\n"], ["", "..."], ["a word", ";;"]])
+def test_blocks_without_words_are_cut_as_they_are_built(tmp_path, left):
+    """Where no word is left, or few, the index is that to which the other blocks were never given."""
+    rest = [Block(f"b{number}", text) for number, text in enumerate(left)]
+    for name in ("whole", "cut", "built"):
+        (tmp_path / name).mkdir()
+    build_index(tmp_path / "whole", [Block("a", "hello world"), *rest, Block("c", "good bye")])
+    cut_index(tmp_path / "cut", tmp_path / "whole", ["a", "c"])
+    build_index(tmp_path / "built", rest)
+    assert index_content(tmp_path / "cut") == index_content(tmp_path / "built")
+
+
 def test_what_lucene_leaves_behind_is_found(monkeypatch, tmp_path):
     """If files of the index that was cut stayed beside the new ones, cutting would fail, and so would verifying."""
     for name in ("whole", "cut"):

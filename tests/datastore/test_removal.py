@@ -10,14 +10,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import datastore.shard
-from datastore import groups
+import datastore.snapshot
+import datastore.store
+from datastore import groups, verification
 from datastore.history import read
 from datastore.signing import load_key, signer
+from datastore.sketches import LIKEST
 from datastore.store import Selection, Store
 from datastore.verification import RUN_TOKENS, find_traces
 from silo.cli import main
 from silo.documents import Document
-from silo.errors import DataError, IntegrityError, UsageError
+from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.sources import open_source
 
 
@@ -254,6 +257,74 @@ def test_deep_verification_compares_what_is_derived(make_store, distinct, part):
     named = Path(result.stderr.removeprefix("error: ").partition(" is not what its shards give")[0])
     shutil.rmtree(named) if named.is_dir() else named.unlink()  # as it advises
     assert said("verify", store.path, "--repair", "--deep")["rebuilt_and_equal"] == 2
+
+
+def test_deep_verification_writes_within_the_store(make_store, distinct, monkeypatch):
+    """What it builds is restricted text: killed, it leaves that where the next removal deletes it, and nowhere else."""
+    store, real = make_store("store", distinct), verification.build_ngrams
+    built = []
+    monkeypatch.setattr(verification, "build_ngrams", lambda path, *rest: built.append(path) or real(path, *rest))
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "remove_tree", lambda path: None)  # as if it were killed
+        verification.verify_derived(store)
+    assert all(path.is_relative_to(store.path) and any(path.rglob("*.npy")) for path in built)
+    store.remove(Selection(owners=("Ada",)))
+    assert not any(path.exists() for path in built)
+    assert verification.verify_derived(store) == 2
+    assert not any(path.exists() for path in built)
+
+
+def test_deep_verification_and_changes_keep_apart(make_store, distinct, monkeypatch):
+    """No change is made while search structures are built anew, and a store that was changed is opened again first."""
+    store, real = make_store("store", distinct), verification.build_group
+
+    def meanwhile(*given, **named):
+        with pytest.raises(StoreError, match="being written by another process"):
+            Store.open(store.path).remove(Selection(owners=("Ada",)))
+        real(*given, **named)
+
+    monkeypatch.setattr(verification, "build_group", meanwhile)
+    assert verification.verify_derived(store) == 2
+    Store.open(store.path).remove(Selection(owners=("Ada",)))
+    with pytest.raises(StoreError, match="was changed since it was opened"):
+        verification.verify_derived(store)
+
+
+def test_what_cannot_be_deleted_keeps_nothing_else(make_store, distinct, monkeypatch):
+    """Where one of the directories that a removal leaves behind stays, the others go, and the next change takes it."""
+    store = make_store("store", distinct)
+    old = [path for kind in ("shards", *groups.KINDS) for path in (store.path / kind).iterdir()]
+    gone = [path for path in old if path.parent.name != "shards" or path.name.lower().startswith("ada")]
+    real = datastore.store.remove_tree
+    with monkeypatch.context() as patch:
+
+        def busy(path):
+            if path == gone[0]:
+                raise OSError(39, "Directory not empty")
+            real(path)
+
+        patch.setattr(datastore.store, "remove_tree", busy)
+        with pytest.raises(StoreError, match="is committed, but what it replaced may still be on disk"):
+            store.remove(Selection(owners=("Ada",)))
+    assert [path for path in gone if path.exists()] == gone[:1]
+    assert store.verify()["collected"] == [f"{gone[0].parent.name}/{gone[0].name}"]
+    assert not gone[0].exists()
+
+
+def test_documents_with_one_text_are_not_all_compared(make_store, distinct, model, monkeypatch):
+    """Of two owners who have the same text many times, every document is compared with a few, and all are named."""
+    store, compared = make_store("store"), []
+    copies = [
+        replace(distinct[0], id=f"{owner}/{number}", owner=owner, text=f"{distinct[0].text} {number}")
+        for owner in ("Ada", "Grace")
+        for number in range(20)
+    ]
+    store.add(copies, model, keyed=False)
+    real = datastore.snapshot.containment
+    monkeypatch.setattr(datastore.snapshot, "containment", lambda *two: compared.append(1) or real(*two))
+    alike = store.near_duplicates(store.affected(Selection(owners=("Ada",))))
+    assert [row["id"] for row in alike] == sorted(each.id for each in copies if each.owner == "Grace")
+    assert len(compared) <= 20 * LIKEST
 
 
 def test_show_tells_what_a_store_is(make_store, distinct, model):

@@ -128,6 +128,26 @@ def test_removal_of_what_is_only_in_the_spool_deletes_it(make_store, model, few)
     assert not any(needle in path.read_bytes() for path in store.path.rglob("*") if path.is_file())
 
 
+def test_a_misspelt_removal_costs_no_encoding(make_store, model, few):
+    """What is named neither in the store nor in what an unfinished add has encoded leaves that as it is; but where a
+    document was torn, whose nobody can say, it goes."""
+    store = make_store("store", few[:1])
+    interrupted(store, model, few[1:], after=2)
+    kept = {path.name: path.read_bytes() for path in (store.path / "spool").iterdir()}
+    for torn in (b"", b"\0" * 2 * len(model.tokenize(few[1])), kept["tokens.bin"]):
+        with open(store.path / "spool" / "tokens.bin", "ab") as file:
+            file.write(torn)
+        with pytest.raises(UsageError, match="no owner 'Typo' is in the store"):
+            Store.open(store.path).remove(Selection(owners=("Typo",)))
+        if torn:
+            assert not (store.path / "spool").exists()
+            (store.path / "spool").mkdir()
+            for name, data in kept.items():
+                (store.path / "spool" / name).write_bytes(data)
+        else:
+            assert {path.name: path.read_bytes() for path in (store.path / "spool").iterdir()} == kept
+
+
 def test_what_an_unfinished_add_has_encoded_is_not_absent(make_store, model, few, tmp_path):
     """Tokens and codes in the spool are traces, the command says where they come from, and a removal ends it."""
     store = make_store("store", [])
