@@ -27,7 +27,9 @@ from silo.readings import Evidence, Temperature
 from silo.weights import Weighing, Weights
 
 TEMPERATURES = tuple(2.0**power for power in range(-5, 7))
-"""τ is chosen among these, on validation text."""
+"""τ is chosen among these, on validation text; and beyond them, by doubling or halving on, where the last is the best:
+a model's distances may be of any size."""
+GREATEST_TEMPERATURE = 2.0**30
 CLASS_TOKENS = 200
 """Weights are fitted for a class of suffixes apart if so many tokens of validation text are in it."""
 PASSAGE_TOKENS = 384
@@ -223,15 +225,29 @@ def fit(scores: Scores, methods: Sequence[str]) -> Weights:
     if list(methods) == ["lm"]:
         return Weights({"lm": 1.0})
     best: tuple[float, Weights] | None = None
-    for temperature in TEMPERATURES if "knn" in methods else (1.0,):
-        parts = scores.parts(methods, temperature)
-        by_method = dict(zip(methods, fit_weights(list(parts.values())), strict=True))
-        by_suffix = _fit_by_suffix(scores.evidence["ngram_class"], parts) if "ngram" in methods else None
-        weights = Weights(by_method, temperature, by_suffix, scores.nearest if "knn" in methods else None)
-        value = interpolate(parts, weights.weigh(scores.evidence)).clamp_min(1e-300).log().sum().item()
+    left = list(TEMPERATURES if "knn" in methods else (1.0,))
+    low, high = left[0], left[-1]
+    while left:
+        temperature = left.pop(0)
+        value, weights = _fit_at(scores, methods, temperature)
         if best is None or value > best[0]:
             best = value, weights
+        if not left and "knn" in methods:
+            reached = best[1].temperature
+            if reached == high and high < GREATEST_TEMPERATURE:
+                left = [high := high * 2]
+            elif reached == low and low > 1 / GREATEST_TEMPERATURE:
+                left = [low := low / 2]
     return best[1]  # type: ignore[index]
+
+
+def _fit_at(scores: Scores, methods: Sequence[str], temperature: float) -> tuple[float, Weights]:
+    """The best weights at one temperature, and the log-probability of the text under them."""
+    parts = scores.parts(methods, temperature)
+    by_method = dict(zip(methods, fit_weights(list(parts.values())), strict=True))
+    by_suffix = _fit_by_suffix(scores.evidence["ngram_class"], parts) if "ngram" in methods else None
+    weights = Weights(by_method, temperature, by_suffix, scores.nearest if "knn" in methods else None)
+    return interpolate(parts, weights.weigh(scores.evidence)).clamp_min(1e-300).log().sum().item(), weights
 
 
 def _fit_by_suffix(classes: torch.Tensor, parts: dict[str, torch.Tensor]) -> dict[int, dict[str, float]]:

@@ -152,6 +152,15 @@ def test_fitted_weights_beat_a_grid(val_scores):
                     assert val_scores.log_probabilities(point).sum().item() <= best + 1e-9
 
 
+@pytest.mark.parametrize("power", [-16, 12, 20])
+def test_distances_may_be_of_any_size(val_scores, power):
+    """Distances that are so many times as large, as another model's are, make τ larger by as much, and change nothing
+    else."""
+    usual = measure.fit(val_scores, ["lm", "knn"])
+    large = measure.fit(replace(val_scores, distances=val_scores.distances * 2.0**power), ["lm", "knn"])
+    assert (large.temperature, large.by_method) == (usual.temperature * 2.0**power, usual.by_method)
+
+
 def test_more_methods_are_never_worse_where_they_were_fitted(val_scores):
     """On validation text, all methods together are at least as good as any fewer, and those as the model alone."""
     found = measure.perplexities(val_scores, measure.fit_combinations(val_scores, METHODS))
