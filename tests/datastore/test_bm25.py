@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -300,10 +301,26 @@ def test_missing_index_is_named(tmp_path):
         BM25Searcher([tmp_path / "good", tmp_path / "absent"])
 
 
-def test_a_reader_makes_no_directory(tmp_path):
-    """Who looks for an index that is gone leaves nothing behind: a directory made anew would stop its deletion."""
-    with pytest.raises(StoreError, match=r"cannot open the BM25 index .*gone"):
-        BM25Searcher([tmp_path / "store" / "gone"])
+def test_a_reader_makes_no_directory(tmp_path, monkeypatch):
+    """Who looks for an index that is gone leaves nothing behind, also if it goes just then: a directory made anew would
+    stop its deletion."""
+    build_index(tmp_path / "going", [Block("a", "word")])
+    with pytest.raises(StoreError, match=r"cannot open the BM25 index .*gone; rebuild it"):
+        BM25Searcher([tmp_path / "gone"])
+    real = os.open
+
+    def open_and_lose(path, flags):
+        descriptor = real(path, flags)
+        if path == tmp_path / "going":
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_and_lose)
+        with pytest.raises(StoreError, match=r"cannot open the BM25 index .*going; rebuild it"):
+            BM25Searcher([tmp_path / "going"])
     assert list(tmp_path.iterdir()) == []
 
 
