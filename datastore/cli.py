@@ -94,10 +94,10 @@ def add(
     from silo.progress import progress_bar
 
     opened = Store.open(store)
-    documents = DocumentFiles(files)
+    documents = DocumentFiles(files, owned=True)
     signing = load_key(key) if key else None
     if skip_present:
-        documents = DocumentFiles(files, passed_over=opened.present(documents))
+        documents = DocumentFiles(files, passed_over=opened.present(documents), owned=True)
         if not any(True for _ in documents):
             nothing = {"documents": 0, "tokens": 0, "shards": [], "hash": opened.hash, "receipt": None}
             return {"store": str(store), **nothing}

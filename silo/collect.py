@@ -36,7 +36,7 @@ from silo.licensing import DEFAULT_POLICY, Policy, Tier, tier_of
 from silo.overlap import SIMILAR, Overlap, Passage, Role, similarity
 from silo.pairs import pairs_of
 from silo.shingles import word_spans
-from silo.sources import open_source
+from silo.sources import open_source, with_source
 
 MARGIN_WORDS = 24
 """Words cut away on both sides of a passage: where its edges were edited, no shingle tells."""
@@ -157,7 +157,7 @@ class Catalogue:
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
             CREATE TABLE documents (number INTEGER PRIMARY KEY, id TEXT UNIQUE, tier INT, license TEXT, owner TEXT,
-                source TEXT, content TEXT, is_pair INT, offset INT, bytes INT, kept INT, spec TEXT);
+                source TEXT, content TEXT, is_pair INT, offset INT, bytes INT, kept INT, spec TEXT, stated TEXT);
             CREATE TABLE claims (source TEXT, directory TEXT, license TEXT, evidence TEXT);
             CREATE TABLE findings (id TEXT, reason TEXT, detail TEXT, outcome TEXT);
             CREATE TABLE cuts (number INT, begin INT, end INT);
@@ -187,9 +187,10 @@ class Catalogue:
                 evidence = f"{document.id}:{claim.line}: {claim.text}"
                 row = (document.source, directory_of(document), claim.license, evidence)
                 self._database.execute("INSERT INTO claims VALUES (?, ?, ?, ?)", row)
+            stated = document.source
             if not evaluation:
-                document = self._believed(document)
-            self._insert(spec, number, document, evaluation)
+                document = self._believed(with_source(document, spec))
+            self._insert(spec, number, document, stated, evaluation)
             self._progress(spec, number)
 
     def _believed(self, document: Document) -> Document:
@@ -208,7 +209,7 @@ class Catalogue:
         outcome = STRICTER if self._policy.tier(believed).permissive else RESTRICTED
         self.note(Finding(id, reason, detail, outcome))
 
-    def _insert(self, spec: str, number: int, document: Document, evaluation: bool) -> None:
+    def _insert(self, spec: str, number: int, document: Document, stated: str, evaluation: bool) -> None:
         try:
             line = canonical_json(document.to_json())
         except UnicodeEncodeError as error:
@@ -217,11 +218,11 @@ class Catalogue:
         id = f"{spec}\n{document.id}" if evaluation else document.id  # the same file may be a source as well
         offset = self._spool.tell()
         row = (self._count, id, tier, document.license, document.owner, document.source, document.content_hash)
-        place = (bool(document.prompt), offset, self._spool.write(line), None if evaluation else 1, spec)
+        place = (bool(document.prompt), offset, self._spool.write(line), None if evaluation else 1, spec, stated)
         try:
-            self._database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row + place)
+            self._database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row + place)
         except sqlite3.IntegrityError:
-            where = self._database.execute("SELECT source, spec FROM documents WHERE id = ?", (id,)).fetchone()
+            where = self._database.execute("SELECT stated, spec FROM documents WHERE id = ?", (id,)).fetchone()
             first = where[0] or where[1]
             raise DataError(
                 f"{spec}: id {document.id!r} was already used by {first}; ids are unique in a corpus"
@@ -261,7 +262,7 @@ class Catalogue:
         """Hold documents against the licence files beside them, and against the evidence that the policy brings."""
         claims = self._database.execute("SELECT DISTINCT source, directory, license, evidence FROM claims ORDER BY 4")
         for source, directory, license, evidence in claims.fetchall():
-            chosen = "source = ? AND substr(id, 1, ?) = ?", (source, len(directory), directory)
+            chosen = "stated = ? AND substr(id, 1, ?) = ?", (source, len(directory), directory)
             self._hold_against(chosen, license, "a file beside it states a stricter licence", evidence)
         for pattern, license, where in self._policy.evidence:
             glob = pattern.replace("[", "[[]")

@@ -56,8 +56,12 @@ class Document:
         }
 
 
-def read_documents(path: Path) -> Iterator[Document]:
+def read_documents(path: Path, *, owned: bool = False) -> Iterator[Document]:
     """Read documents from a JSON Lines file, one object a line.
+
+    Args:
+        path: the file.
+        owned: whether each must have an owner or a source, by which it can be removed.
 
     Raises:
         UsageError: there is no such file.
@@ -74,6 +78,9 @@ def read_documents(path: Path) -> Iterator[Document]:
             if document.id in seen:
                 first = seen[document.id]
                 raise DataError(f"{path}:{number}: id {document.id!r} was already used in line {first}; ids are unique")
+            if owned and not (document.owner or document.source):
+                said = f"document {document.id!r} has neither owner nor source; name who may remove it"
+                raise DataError(f"{path}:{number}: {said}")
             seen[document.id] = number
             yield document
     if not seen:
@@ -87,10 +94,12 @@ class DocumentFiles:
     paths: Sequence[Path]
     passed_over: Container[str] = ()
     """Ids of documents that are left out."""
+    owned: bool = False
+    """As :func:`read_documents` takes it."""
 
     def __iter__(self) -> Iterator[Document]:
         """Read the files anew. Raises what :func:`read_documents` raises."""
-        documents = (document for path in self.paths for document in read_documents(path))
+        documents = (document for path in self.paths for document in read_documents(path, owned=self.owned))
         return (document for document in documents if document.id not in self.passed_over)
 
 

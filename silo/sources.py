@@ -6,8 +6,10 @@ What a source cannot give as a document is noted with a reason, never dropped in
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from silo.documents import NO_LICENSE, Document, parse_document, read_documents
@@ -52,6 +54,15 @@ def open_source(
     path = Path(spec)
     rows = load_recipe(recipe, "")
     return _directory_documents(path, rows, findings) if path.is_dir() else _file_documents(path, rows, findings)
+
+
+def with_source(document: Document, spec: str) -> Document:
+    """A document that says neither owner nor source, under the name of the file or directory that it came from, so that
+    it can be removed by it. Where that lies must not matter: the same file gives the same corpus."""
+    if document.owner or document.source:
+        return document
+    name = os.path.basename(os.path.abspath(spec))  # of "." too
+    return replace(document, source=name.encode(errors="backslashreplace").decode())
 
 
 def _directory_documents(root: Path, recipe: Recipe, findings: Note) -> Iterator[Document]:

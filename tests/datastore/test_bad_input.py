@@ -110,6 +110,7 @@ BAD_LINES = {
     "id twice": ([record("a"), record("b"), record("a")], ":3: id 'a' was already used in line 1"),
     "id in the store": ([record("a"), record("Ada/0")], "document 'Ada/0' is in shard 'Ada' already; remove it first"),
     "nobody's": ([record("a", owner="")], "document 'a' has neither owner nor source; name who may remove it"),
+    "nobody's, in line 2": ([record("b"), record("a", owner="")], ":2: document 'a' has neither owner nor source"),
     "lone surrogate": (['{"id": "a", "text": "\\ud800", "owner": "o"}'], ":1: an unpaired surrogate"),
 }
 

@@ -75,6 +75,29 @@ def test_a_licence_file_restricts_what_is_beside_it(tmp_path: Path):
     assert documents(out, "restricted")["repo:book/a.md"].license == "(MIT) AND (GPL-3.0-only)"
 
 
+def test_a_document_of_nobody_is_named_by_its_file(tmp_path: Path):
+    """What says neither owner nor source gets the file's name as its source, wherever the file lies; the rest stays."""
+    rows = [
+        {"id": "a", "text": prose(1, 90)},
+        document("b", prose(2, 90), "GPL-3.0-only"),
+        {"id": "c", "text": prose(3, 90), "source": "shelf"},
+    ]
+    found = []
+    for place in (tmp_path, tmp_path / "deeper"):
+        place.mkdir(exist_ok=True)
+        found.append(collected(place, rows))
+        sources = {id: each.source for id, each in documents(found[-1], "restricted").items()}
+        assert sources == {"a": "out.jsonl", "b": "", "c": "shelf"}
+    assert len({(each / "restricted" / "index.jsonl").read_bytes() for each in found}) == 1
+
+
+def test_a_licence_file_of_nobody_still_restricts_what_lies_beside_it(tmp_path: Path):
+    """The name that a document gets does not part it from the documents that state no source either."""
+    notice = {"id": "book/LICENSE", "text": "GNU GENERAL PUBLIC LICENSE\nVersion 3"}
+    out = collected(tmp_path, [document("book/a.md", prose(1, 90)), notice])
+    assert set(documents(out, "restricted")) == {"book/a.md", "book/LICENSE"}
+
+
 def test_the_policys_evidence_restricts_a_source(tmp_path: Path):
     """What a policy knows of a source from elsewhere counts as if a file beside the documents said it."""
     policy = Policy(evidence=(("books/*", "CC-BY-NC-4.0", "metadata.yaml: rights: CC BY-NC"),))
