@@ -201,7 +201,9 @@ def export(store: Path, shard: str, file: Path, reason: str, key: Path | None) -
     """
     from datastore.signing import load_key
     from datastore.store import Store
+    from silo.files import require_place
 
+    require_place(file, "--out")
     signing = load_key(key) if key else None
     receipt = Store.open(store).export(shard, file, reason=reason, key=signing)
     return {**change(store, receipt.path, receipt.content), "file": str(file)}

@@ -88,11 +88,13 @@ def perplexity(
     from datastore.store import Store
     from eval import perplexity as measure
     from silo.documents import read_documents
-    from silo.files import write_json
+    from silo.files import require_place, write_json
     from silo.language_model import LanguageModel
     from silo.progress import progress_bar
 
     require_options(methods, store, fit_on, weights)
+    if save_weights:
+        require_place(save_weights, "--save-weights")
     documents = list(read_documents(data))
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
@@ -226,11 +228,13 @@ def gate(
     from datastore.store import Store
     from eval.rehearsal import rehearse
     from silo.documents import read_documents
-    from silo.files import write_json
+    from silo.files import require_place, write_json
     from silo.language_model import LanguageModel
     from silo.licensing import DEFAULT_POLICY
     from silo.progress import progress_bar
 
+    if out is not None:
+        require_place(out, "--out")
     documents = [document for file in files for document in read_documents(file)]
     lm, opened = LanguageModel.load(model), Store.open(store)
     with progress_bar("rehearse") as progress:

@@ -74,8 +74,10 @@ def compare(first: Path, second: Path, html: Path | None) -> dict[str, Any]:
     """
     from eval import suite_report as report
     from eval.suite_page import render_comparison_page
-    from silo.files import write_file
+    from silo.files import require_place, write_file
 
+    if html is not None:
+        require_place(html, "--html")
     value = report.compare(report.read_result(first), report.read_result(second))
     if html is not None:
         write_file(html, render_comparison_page(value).encode())

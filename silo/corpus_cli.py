@@ -154,10 +154,11 @@ def audit(directory: Path, model: Path | None, against: str | None, html: Path |
     """
     from silo.audit import audit as run
     from silo.audit import repeated
+    from silo.files import require_place
     from silo.sources import open_source
 
-    if html is not None and not html.parent.is_dir():
-        raise UsageError(f"{html.parent} does not exist; --html wants a file in a directory that does")
+    if html is not None:
+        require_place(html, "--html")
     summary = {"corpus": str(directory), **run(directory, _tokenizer(model) if model is not None else None)}
     if against is not None:
         is_store = (Path(against) / "store.json").is_file()

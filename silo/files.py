@@ -40,6 +40,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_place(path: Path, option: str) -> None:
+    """Raise :class:`UsageError` unless a file can have this name: asked before the work whose result it is to hold.
+
+    Args:
+        path: the file that is to be written.
+        option: by which it was named, for the message.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; {option} wants the name of a file")
+    if not path.parent.is_dir():
+        found = "is not a directory" if path.parent.exists() else "does not exist"
+        raise UsageError(f"{path.parent} {found}; {option} wants a file in a directory that does")
+
+
 def write_file(path: Path, data: bytes | memoryview) -> str:
     """Write a file so that a reader sees the old bytes or all of the new ones, also after a power cut.
 
@@ -59,8 +73,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a directory that is none
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None  # the name that was asked for
         raise
     sync_directory(path.parent)
 

@@ -38,3 +38,5 @@ def require_record_name(path: Path) -> None:
     """Raise :class:`UsageError` unless a record can have this name, before anything is measured."""
     if path.suffix != ".json":
         raise UsageError(f"--out is {path}; expected a name that ends in .json, beside which the figure ends in .svg")
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; --out wants the name of a file")

@@ -89,6 +89,7 @@ def test_summaries_are_those_of_the_commands():
 def broken(tmp_path: Path) -> dict[str, Path]:
     """Files and directories with which no command can work."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "x.json").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"id": "a", "text": "x"}\n{\n')
     (tmp_path / "good.jsonl").write_text('{"id": "a", "text": "x"}\n')
@@ -126,6 +127,18 @@ WRONG = [
         "'all'; expected lm, or lm and some",
     ),
     ("eval perplexity --model {here}/empty --data {here}/good.jsonl --max-tokens 0", 2, "--max-tokens"),
+    (
+        "eval perplexity --model {here}/empty --data {here}/good.jsonl --fit {here}/good.jsonl "
+        "--save-weights {here}/no/w.json",
+        2,
+        "no does not exist; --save-weights wants a file in a directory that does",
+    ),
+    ("eval gate {here}/good.jsonl --model {here}/empty --store {here}/empty --out {here}/no/x", 2, "no does not exist"),
+    ("eval gate {here}/good.jsonl --model {here}/empty --store {here}/empty --out {here}", 2, "is a directory; --out"),
+    ("eval compare {here}/empty {here}/empty --html {here}/good.jsonl/x", 2, "good.jsonl is not a directory; --html"),
+    ("eval study reliance --model {here} --store {here} --data {here} --out {here}/x.json", 2, "x.json is a directory"),
+    ("corpus audit {here}/empty --html {here}", 2, "is a directory; --html wants the name of a file"),
+    ("datastore export {here}/empty --shard Ada --out {here}/no/ada.shard", 2, "no does not exist; --out wants"),
 ]
 
 

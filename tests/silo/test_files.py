@@ -53,6 +53,16 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch, step: 
     assert old is None or path.read_bytes() == old
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path):
+    """Where no file can be made, the error has the name that was given, not that of the temporary neighbour."""
+    (tmp_path / "file").write_text("x")
+    for parent in ("no", "file"):
+        with pytest.raises(OSError, match="directory") as caught:
+            files.write_file(tmp_path / parent / "x", b"new")
+        assert caught.value.filename == str(tmp_path / parent / "x")
+    assert names(tmp_path) == ["file"]
+
+
 def test_bytes_are_durable_before_they_have_the_name(tmp_path: Path, monkeypatch):
     """The new file is synced before the rename, and the directory after it: a power cut shows old bytes or new."""
     events = []
