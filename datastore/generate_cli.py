@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from silo.cli import reports
+from silo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from datastore.policy import QueryPolicy
@@ -82,7 +84,9 @@ def render(value: dict[str, Any]) -> None:
     "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="So many tokens at most."
 )
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
-@click.option("--seed", default=0, show_default=True, help="Of the drawing of tokens.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of the drawing of tokens."
+)
 @click.option(
     "--longest-copy",
     metavar="TOKENS",
@@ -112,7 +116,7 @@ def generate(
     from datastore.loading import load_by
     from silo.progress import progress_bar
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt(prompt)
     lm = load_by(policy, model, store=store, use=use, weights=weights)
     with progress_bar("generate") as progress:
         answer = lm.generate_with_sources(
@@ -132,3 +136,15 @@ def generate(
         "policy": policy.to_json(),
         "longest_copy": longest_copy,
     }
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt that is meant. Raises :class:`DataError` or :class:`UsageError` if it is no text."""
+    try:
+        text = io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()), "utf-8").read() if prompt == "-" else prompt
+        text.encode()  # bytes that are none come in arguments as lone surrogates
+    except UnicodeError as error:
+        if prompt == "-":
+            raise DataError(f"standard input is not UTF-8 ({error}); expected a text to go on from") from None
+        raise UsageError("PROMPT is not UTF-8; expected a text to go on from, or - for standard input") from None
+    return text

@@ -57,7 +57,7 @@ def perplexity_table(owners: list[dict[str, Any]], total: dict[str, Any]) -> Tab
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("quickstart"), help="Directory for all results.")
 @click.option("--downloads", type=click.Path(path_type=Path), help="Where the wheels are or go; default OUT/downloads.")
-@click.option("--seed", default=0, help="Seeds the model and the order of its text.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Seeds the model and the order of its text.")
 @reports(render)
 def quickstart(out: Path, downloads: Path | None, seed: int) -> dict[str, Any]:
     """Run the whole of SILO on real packages, in minutes.

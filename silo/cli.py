@@ -6,9 +6,13 @@ package, the lowest layer, imports none of those above it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import importlib
+import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +43,8 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run, and leave with the exit status; wrong use says in one line what is wrong and where help is."""
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # no name is lost because a terminal lacks a letter
         try:
             status = super().main(*args, **{**extra, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
@@ -51,6 +57,8 @@ class LazyGroup(click.Group):
             fail(error.format_message(), error.exit_code)
         except click.Abort:
             fail("interrupted", 1)
+        except OSError as error:  # of --help; commands catch their own
+            unsaid(error, None)
         sys.exit(status if isinstance(status, int) else 0)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -102,14 +110,37 @@ def reports(render: Callable[[Any], None]) -> Callable[[Callable[..., Any]], Cal
                 fail(str(error), error.exit_code)
             except OSError as error:
                 fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-            if as_json:
-                click.echo(json.dumps(value, ensure_ascii=False))
-            else:
-                render(value)
+            try:
+                click.echo(json_line(value)) if as_json else render(value)
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # who read it wants no more: click leaves without a word
+                    raise
+                unsaid(error, value)
 
         return command
 
     return decorate
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON, with escapes if stdout's encoding lacks one of its letters."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return line
+
+
+def unsaid(error: OSError, value: Any) -> None:
+    """Leave because a result cannot be written, and say what has become of what was asked for."""
+    receipt = value.get("receipt") if isinstance(value, dict) else None
+    done = "" if value is None else "; what was asked for is done, and only its report is missing"
+    if receipt:
+        done = f"; the change is committed, with the receipt {receipt}"
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())  # Python writes what is left when it ends, and would fail anew
+    fail(f"standard output: {error.strerror or error}{done}", 1)
 
 
 def fail(message: str, exit_code: int) -> None:

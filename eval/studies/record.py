@@ -40,3 +40,5 @@ def require_record_name(path: Path) -> None:
         raise UsageError(f"--out is {path}; expected a name that ends in .json, beside which the figure ends in .svg")
     if path.is_dir():
         raise UsageError(f"{path} is a directory; --out wants the name of a file")
+    if path.exists():
+        raise UsageError(f"{path} is there already; choose another --out, or delete it")

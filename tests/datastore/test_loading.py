@@ -266,3 +266,13 @@ def test_generate_fails_in_one_line(store, model_dir, options, says):
     assert done.exit_code == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_prompt_that_is_no_text_is_one_line(model_dir):
+    """Bytes that are not UTF-8 are bad data on standard input, and wrong use as an argument."""
+    piped = run("-", "--model", str(model_dir), input=b"def \xff")
+    given = run("def \udcff", "--model", str(model_dir))
+    assert (piped.exit_code, given.exit_code) == (1, 2)
+    assert piped.stderr.startswith("error: standard input is not UTF-8")
+    assert given.stderr.startswith("error: PROMPT is not UTF-8")
+    assert (piped.stderr.count("\n"), given.stderr.count("\n")) == (1, 1)

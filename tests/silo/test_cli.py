@@ -1,6 +1,7 @@
 """The command line: every option explained, every error one line, every result one JSON document."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def run(*arguments: object) -> Result:
 def run_apart(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, as a shell does."""
     command = [sys.executable, "-m", "silo", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    everything = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env=everything)
 
 
 def assert_one_line(stdout: str, stderr: str, exit_code: int, expected: int, *parts: object) -> None:
@@ -90,6 +92,7 @@ def broken(tmp_path: Path) -> dict[str, Path]:
     """Files and directories with which no command can work."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.json").mkdir()
+    (tmp_path / "y.json").write_text("{}")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"id": "a", "text": "x"}\n{\n')
     (tmp_path / "good.jsonl").write_text('{"id": "a", "text": "x"}\n')
@@ -137,7 +140,11 @@ WRONG = [
     ("eval gate {here}/good.jsonl --model {here}/empty --store {here}/empty --out {here}", 2, "is a directory; --out"),
     ("eval compare {here}/empty {here}/empty --html {here}/good.jsonl/x", 2, "good.jsonl is not a directory; --html"),
     ("eval study reliance --model {here} --store {here} --data {here} --out {here}/x.json", 2, "x.json is a directory"),
+    ("eval study reliance --model {here} --store {here} --data {here} --out {here}/y.json", 2, "y.json is there alrea"),
     ("corpus audit {here}/empty --html {here}", 2, "is a directory; --html wants the name of a file"),
+    ("generate x --model {here}/empty --seed -1", 2, "--seed"),
+    ("generate x --model {here}/empty --seed 99999999999999999999", 2, "is not in the range 0<=x<=4294967295"),
+    ("quickstart --seed 4294967296", 2, "--seed"),
     ("datastore export {here}/empty --shard Ada --out {here}/no/ada.shard", 2, "no does not exist; --out wants"),
 ]
 
@@ -212,6 +219,45 @@ def test_errors_become_a_line_and_a_status(error, exit_code, said, arguments):
 
     result = CliRunner().invoke(reporting(body), arguments)
     assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", said)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "datastore log {store}", "datastore list {store} --json"])
+def test_a_full_disk_behind_stdout_is_one_line(make_store, documents, arguments: str):
+    """A result that cannot be written leaves 1 and one line, with --help, for people and with --json."""
+    store = make_store("store", documents[:1])
+    done = run_full(*arguments.format(store=store.path).split())
+    assert_one_line("", done.stderr, done.returncode, 1, "standard output: No space left on device")
+
+
+def test_a_removal_that_cannot_be_told_says_that_it_is_committed(make_store, documents):
+    """A full disk behind stdout does not make a removal look as if it had failed."""
+    store = make_store("store", documents[:2])
+    done = run_full("datastore", "remove", store.path, "--document", documents[0].id)
+    said = ("No space left on device; the change is committed", "receipts/000002-remove.json")
+    assert_one_line("", done.stderr, done.returncode, 1, *said)
+
+
+def run_full(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command with a stdout that takes nothing."""
+    command = [sys.executable, "-m", "silo", *map(str, arguments)]
+    with open("/dev/full", "w") as full:
+        return subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120, check=False
+        )
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_what_stdout_cannot_spell_is_escaped(tmp_path: Path, as_json: list[str]):
+    """Under an encoding that lacks an owner's letters these are escaped, and JSON stays JSON."""
+    source = tmp_path / "x.jsonl"
+    source.write_text('{"id": "a", "text": "x", "owner": "Éva 雪"}\n')
+    collect = ("corpus", "collect", source, "--out", tmp_path / "out", *as_json)
+    done = run_apart(*collect, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    if as_json:
+        assert json.loads(done.stdout)["licenses"][0]["owners"] == ["Éva 雪"]
+    else:
+        assert "\\xc9va \\u96ea" in done.stdout
 
 
 def test_a_bug_is_not_dressed_up():
