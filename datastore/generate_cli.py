@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from silo.cli import reports
+from silo.cli import Finite, reports
 from silo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def render(value: dict[str, Any]) -> None:
 @click.option(
     "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="So many tokens at most."
 )
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
+@click.option("--temperature", default=1.0, show_default=True, type=Finite(min=0), help="0: the likeliest.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of the drawing of tokens."
 )

@@ -194,15 +194,20 @@ def render_gate(value: dict[str, Any]) -> None:
     )
 
 
+def tokens_option(name: str, usual: int, least: int, said: str) -> Any:
+    """An option that takes a number of tokens."""
+    return click.option(name, default=usual, show_default=True, type=click.IntRange(min=least), help=said)
+
+
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Directory of the model.")
 @click.option("--store", required=True, type=click.Path(path_type=Path), help="The store that the gate is for.")
 @click.option("--use", "methods", default="lm,knn,ngram", callback=parse_methods, show_default=True, help="Methods.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the gate to this file.  [default: to the store]")
-@click.option("--store-tokens", default=400_000, show_default=True, help="Tokens of the rehearsal's store.")
-@click.option("--bare-tokens", default=0, show_default=True, help="The same, without keys, beside them.")
-@click.option("--asked-tokens", default=60_000, show_default=True, help="Tokens to learn from, and to judge by.")
+@tokens_option("--store-tokens", 400_000, 1, "Tokens of the rehearsal's store.")
+@tokens_option("--bare-tokens", 0, 0, "The same, without keys, beside them.")
+@tokens_option("--asked-tokens", 60_000, 2, "Tokens to learn from, and to judge by.")
 @nearest_options
 @reports(render_gate)
 def gate(

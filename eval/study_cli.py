@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.options import parse_methods, require_options
-from silo.cli import reports
+from silo.cli import Finite, reports
 
 if TYPE_CHECKING:
     from eval.studies.subject import Subject
@@ -354,7 +354,7 @@ def render_copying(value: dict[str, Any]) -> None:
     "--prompt-tokens", default=32, show_default=True, type=click.IntRange(min=1), help="Of each, to begin with."
 )
 @click.option("--new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Written after each.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: likeliest token.")
+@click.option("--temperature", default=0.0, show_default=True, type=Finite(min=0), help="0: likeliest token.")
 @click.option(
     "--longest-copy",
     default=12,

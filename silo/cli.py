@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -85,6 +86,17 @@ def main() -> None:
     The weights learn only from permissively licensed text; everything else lives in a store beside the model, one
     shard per rights holder, read at inference time and gone when the holder says so.
     """
+
+
+class Finite(click.FloatRange):
+    """A number in a range that is neither nan, which no range refuses, nor without end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the number."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return found
 
 
 def named(target: str) -> Any:

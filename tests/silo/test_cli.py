@@ -145,6 +145,16 @@ WRONG = [
     ("generate x --model {here}/empty --seed -1", 2, "--seed"),
     ("generate x --model {here}/empty --seed 99999999999999999999", 2, "is not in the range 0<=x<=4294967295"),
     ("quickstart --seed 4294967296", 2, "--seed"),
+    ("generate x --model {here}/empty --temperature nan", 2, "nan is not a finite number"),
+    ("generate x --model {here}/empty --temperature inf", 2, "inf is not a finite number"),
+    (
+        "eval study copying --model {here} --store {here} --data {here} --out {here}/z.json --temperature nan",
+        2,
+        "nan is not a finite number",
+    ),
+    ("eval gate {here}/good.jsonl --model {here} --store {here} --store-tokens 0", 2, "--store-tokens"),
+    ("eval gate {here}/good.jsonl --model {here} --store {here} --bare-tokens -1", 2, "--bare-tokens"),
+    ("eval gate {here}/good.jsonl --model {here} --store {here} --asked-tokens 1", 2, "--asked-tokens"),
     ("datastore export {here}/empty --shard Ada --out {here}/no/ada.shard", 2, "no does not exist; --out wants"),
 ]
 
