@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from silo.files import canonical_json, sha256
 
 NO_LICENSE = "NOASSERTION"
 """SPDX's word for a licence that nobody stated. It is restricted, as every unknown licence is."""
+
+
+COMPRESSED = (".gz", ".zst")
+"""Endings of compressed files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,7 @@ class Document:
 
 
 def read_documents(path: Path, *, owned: bool = False) -> Iterator[Document]:
-    """Read documents from a JSON Lines file, one object a line.
+    """Read documents from a JSON Lines file, plain or compressed, one object a line.
 
     Args:
         path: the file.
@@ -70,21 +75,38 @@ def read_documents(path: Path, *, owned: bool = False) -> Iterator[Document]:
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file; expected JSON Lines, one document a line")
     seen: dict[str, int] = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            document = parse_document(line, where=f"{path}:{number}")
-            if document.id in seen:
-                first = seen[document.id]
-                raise DataError(f"{path}:{number}: id {document.id!r} was already used in line {first}; ids are unique")
-            if owned and not (document.owner or document.source):
-                said = f"document {document.id!r} has neither owner nor source; name who may remove it"
-                raise DataError(f"{path}:{number}: {said}")
-            seen[document.id] = number
-            yield document
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        document = parse_document(line, where=f"{path}:{number}")
+        if document.id in seen:
+            first = seen[document.id]
+            raise DataError(f"{path}:{number}: id {document.id!r} was already used in line {first}; ids are unique")
+        if owned and not (document.owner or document.source):
+            said = f"document {document.id!r} has neither owner nor source; name who may remove it"
+            raise DataError(f"{path}:{number}: {said}")
+        seen[document.id] = number
+        yield document
     if not seen:
         raise DataError(f"{path} holds no document; expected JSON Lines with at least one")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed if its name says that it is compressed."""
+    if path.suffix not in COMPRESSED:
+        with open(path, "rb") as file:
+            yield from file
+        return
+    import pyarrow
+
+    whole = 0
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path))) as file:
+            for line in file:
+                yield line
+                whole += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be decompressed after line {whole} ({error}); fetch it again") from None
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,19 @@ What a source cannot give as a document is noted with a reason, never dropped in
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from silo.documents import NO_LICENSE, Document, parse_document, read_documents
+from silo.documents import COMPRESSED, NO_LICENSE, Document, read_documents
 from silo.errors import DataError, UsageError
 from silo.findings import Finding, Note
 from silo.hub import Recipe, document_of_row, hub_documents, load_recipe
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".adoc", ".tex", ".html", ".py", ".c", ".h", ".js", ".go", ".rs", ".java")
 """Endings of files that are one document each."""
-_COMPRESSED = (".gz", ".zst")
 _LICENSE_NAMES = re.compile(r"(?:un)?(?:licen[sc]e|copying|copyright)(?:[.-][\w.-]*)?", re.IGNORECASE)
 
 
@@ -99,7 +97,7 @@ def _is_unicode(name: str) -> bool:
 
 def _kind(path: Path) -> str:
     """The ending of a file, with the compression taken off, if it is one of those that are read."""
-    name = path.name.removesuffix(path.suffix) if path.suffix in _COMPRESSED else path.name
+    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
     suffix = Path(name).suffix
     return suffix if suffix in (".jsonl", ".parquet", *TEXT_SUFFIXES) else ""
 
@@ -109,7 +107,7 @@ def _file_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[Docu
     if kind == ".parquet":
         return _parquet_documents(path, path.name, recipe)
     if kind == ".jsonl":
-        return read_documents(path) if path.suffix == ".jsonl" else _compressed_documents(path)
+        return read_documents(path)
     if kind:
         _require_file(path, "a text file")
         return _text_document(path, path.name, str(path), findings)
@@ -122,25 +120,6 @@ def _file_documents(path: Path, recipe: Recipe, findings: Note) -> Iterator[Docu
 def _require_file(path: Path, wanted: str) -> None:
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file; expected {wanted}")
-
-
-def _compressed_documents(path: Path) -> Iterator[Document]:
-    import pyarrow
-
-    _require_file(path, "JSON Lines, one document a line")
-    number = 0
-    lines = enumerate(io.BufferedReader(pyarrow.input_stream(str(path))), start=1)
-    while True:
-        try:
-            number, line = next(lines)
-        except StopIteration:
-            break
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path}: cannot be decompressed after line {number} ({error}); fetch it again") from None
-        if line.strip():
-            yield parse_document(line, where=f"{path}:{number}")
-    if not number:
-        raise DataError(f"{path} holds no document; expected JSON Lines with at least one")
 
 
 def _parquet_documents(path: Path, called: str, recipe: Recipe) -> Iterator[Document]:
@@ -183,7 +162,7 @@ def _text_document(path: Path, id: str, source: str, findings: Note) -> Iterator
     import pyarrow
 
     try:
-        data = pyarrow.input_stream(str(path)).read() if path.suffix in _COMPRESSED else path.read_bytes()
+        data = pyarrow.input_stream(str(path)).read() if path.suffix in COMPRESSED else path.read_bytes()
         text = data.decode("utf-8-sig")
         sidecar = path.with_name(path.name + ".license")
         tags = _tags(sidecar.read_text("utf-8") if sidecar.is_file() else _own_head(text, _kind(path)))

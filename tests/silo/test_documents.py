@@ -1,5 +1,6 @@
 """Documents on their way through JSON Lines: nothing is lost, and each bad line is named."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silo.documents import NO_LICENSE, Document, parse_document, read_documents
+from silo.documents import NO_LICENSE, Document, DocumentFiles, parse_document, read_documents
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json
 
@@ -118,3 +119,14 @@ def test_a_licence_that_nobody_states_is_none(license):
     """An empty licence field is the same as a missing one: NOASSERTION, which is restricted."""
     line = json.dumps({"id": "a", "text": "x", "license": license}).encode()
     assert parse_document(line, where="x").license == NO_LICENSE
+
+
+def test_what_is_compressed_is_read_like_the_rest(tmp_path: Path):
+    """Files that are added or measured may be compressed, as those that are collected; errors name the line."""
+    plain, packed = tmp_path / "x.jsonl", tmp_path / "x.jsonl.gz"
+    plain.write_bytes(GOOD)
+    packed.write_bytes(gzip.compress(GOOD))
+    assert list(read_documents(packed)) == list(read_documents(plain)) == list(DocumentFiles([packed]))
+    packed.write_bytes(gzip.compress(GOOD + b"\n" + GOOD))
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz:2: id 'a' was already used in line 1"):
+        list(read_documents(packed))
