@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datastore.generate_cli import policy_options
-from eval.options import file_of_weights, nearest_options, parse_methods, require_options
+from eval.options import file_of_weights, nearest_options, parse_methods, require_options, require_used
 from eval.study_cli import study
 from eval.suite_cli import compare, suite
 from eval.zero_shot_cli import zero_shot
@@ -55,7 +55,7 @@ def render(value: dict[str, Any]) -> None:
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="Weights that --save-weights wrote, a gate, or gate: the store's own.",
+    help='Weights that --save-weights wrote, or such as {"knn": 0.3}, a gate, or gate: the store\'s own.',
 )
 @click.option("--save-weights", type=click.Path(path_type=Path), help="Write the fitted weights to this file.")
 @click.option(
@@ -93,6 +93,7 @@ def perplexity(
     from silo.progress import progress_bar
 
     require_options(methods, store, fit_on, weights)
+    require_used(store, fit_on, save_weights, of_store=bool(nearest or policy.to_json()))
     if save_weights:
         require_place(save_weights, "--save-weights")
     documents = list(read_documents(data))

@@ -50,6 +50,15 @@ def require_options(methods: list[str], store: Path | None, fit_on: Path | None,
         raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
 
 
+def require_used(store: Path | None, fit_on: Path | None, save_weights: Path | None, *, of_store: bool) -> None:
+    """Raise :class:`UsageError` for options that would have no effect; ``of_store``: whether there is one that only
+    concerns a store."""
+    if save_weights and not fit_on:
+        raise UsageError("--save-weights writes what was fitted, and nothing is; give --fit FILE with validation text")
+    if of_store and store is None:
+        raise UsageError("--allow, --deny, --purpose, --neighbours and --probes choose from a store; give --store")
+
+
 def file_of_weights(weights: Path, store: Path | None) -> Path:
     """The file of weights that is meant: the store's own gate, if ``gate`` is."""
     from datastore.loading import OWN_GATE

@@ -24,7 +24,7 @@ from silo.mixing import fit_weights, interpolate, neighbour_weights, perplexity
 from silo.mixture import Mixture
 from silo.nearest import USUAL, Nearest
 from silo.readings import Evidence, Temperature
-from silo.weights import Weighing, Weights
+from silo.weights import Weighing, Weights, read_weighing
 
 TEMPERATURES = tuple(2.0**power for power in range(-5, 7))
 """τ is chosen among these, on validation text; and beyond them, by doubling or halving on, where the last is the best:
@@ -311,15 +311,23 @@ def weighings_from_json(
     value: Any, methods: Sequence[str], model: LanguageModel, *, where: str
 ) -> Mapping[str, Weights | Gate]:
     """Read a file of weights, or a gate, for ``methods``. Raises :class:`UsageError` if it does not fit."""
-    if not (isinstance(value, dict) and value.get("kind") == "gate"):
+    if not isinstance(value, dict) or not value or "mixtures" in value:
         return weights_from_json(value, methods, where=where)
+    if value.get("kind") != "gate":
+        chosen = read_weighing(value, model=model.fingerprint, where=where)
+        _require_used(chosen, methods, where)
+        return {"lm": Weights({"lm": 1.0}), list(combinations(chosen.methods))[-1]: chosen}  # type: ignore[dict-item]
     gate = Gate.from_json(value, where=where)
     made_for = value.get("provenance", {}).get("model")
     if made_for != model.fingerprint:
         raise UsageError(f"{where} was made for the model {made_for}, not {model.fingerprint}; make one for this model")
-    if not set(gate.methods) <= set(methods):
-        raise UsageError(f"{where} weighs {', '.join(gate.methods)}; give --use {','.join(gate.methods)}")
+    _require_used(gate, methods, where)
     return {"lm": Weights({"lm": 1.0}), "gate": gate}
+
+
+def _require_used(weighing: Weighing, methods: Sequence[str], where: str) -> None:
+    if not set(weighing.methods) <= set(methods):
+        raise UsageError(f"{where} weighs {', '.join(weighing.methods)}; give --use {','.join(weighing.methods)}")
 
 
 def described(weighing: Weights | Gate, evidence: Evidence) -> dict[str, Any]:

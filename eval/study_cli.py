@@ -41,7 +41,7 @@ def subject_options(use: str) -> Callable[[Callable[..., Any]], Callable[..., An
             click.option(
                 "--fit", "fit_on", multiple=True, type=click.Path(path_type=Path), help="Other text, to fit on."
             ),
-            click.option("--weights", type=click.Path(path_type=Path), help="A gate or fitted weights, without --fit."),
+            click.option("--weights", type=click.Path(path_type=Path), help="A gate or weights, without --fit."),
             MAX_TOKENS,
             OUT,
         ]

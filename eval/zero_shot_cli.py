@@ -45,7 +45,9 @@ def render(value: dict[str, Any]) -> None:
 @click.option("--store", type=PATH, help="The store; the model alone is measured in any case.")
 @click.option("--use", metavar="METHODS", help="Such as lm,knn,ngram. Default: what is weighed.")
 @click.option(
-    "--weights", metavar="FILE", help="A gate, or weights that --save-weights wrote. Default: the store's gate."
+    "--weights",
+    metavar="FILE",
+    help='JSON: a gate, weights that --save-weights wrote, or such as {"knn": 0.3}. Default: the store\'s gate.',
 )
 @click.option("--domain-prompt", metavar="TEXT", help="Of questions that name none, such as 'Answer:'.")
 @policy_options

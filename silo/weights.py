@@ -133,7 +133,11 @@ class Weights:
 
 
 def read_weighing(
-    value: Path | str | Mapping[str, Any], use: Sequence[str] | None = None, *, model: str | None = None
+    value: Path | str | Mapping[str, Any],
+    use: Sequence[str] | None = None,
+    *,
+    model: str | None = None,
+    where: str = "weights",
 ) -> Weighing:
     """Read weights of any kind: chosen ones, those that were fitted on a file, or a learnt gate.
 
@@ -143,11 +147,12 @@ def read_weighing(
             --save-weights`` wrote, of which the mixture of most methods is taken; or a gate.
         use: the methods that are to be weighed, where the weights leave a choice.
         model: the fingerprint of the model that they must be made for, if they say for which they were.
+        where: where a mapping comes from, for messages.
 
     Raises:
         UsageError: there are no such weights, or they are of other methods.
     """
-    where = "weights" if isinstance(value, Mapping) else str(value)
+    where = where if isinstance(value, Mapping) else str(value)
     content = value if isinstance(value, Mapping) else read_json(Path(value))
     if not isinstance(content, Mapping):
         raise UsageError(f"{where} holds a {type(content).__name__}; expected a mapping with weights or a gate")

@@ -216,6 +216,23 @@ def test_weights_come_back_from_their_file(model_dir, store, val, test, tmp_path
     assert fewer["perplexity"] == {"lm": fitted["perplexity"]["lm"]}
 
 
+def test_chosen_weights_are_the_mixture_of_their_methods(model_dir, store, test, tmp_path):
+    """λ by method, as `silo generate` takes it, is measured beside the model alone; it must be of what --use names."""
+    common = ["--model", model_dir, "--store", store.path, "--data", write(tmp_path / "test.jsonl", test)]
+    chosen, whole = tmp_path / "chosen.json", tmp_path / "whole.json"
+    chosen.write_text('{"knn": 0.3, "ngram": 0.3}')
+    alone, mixed = {"weights": {"lm": 1.0}, "temperature": 1.0}, {"lm": 0.4, "knn": 0.3, "ngram": 0.3}
+    by_name = {"lm": alone, "all": {"weights": mixed, "temperature": 1.0}}
+    by_name |= {f"lm+{each}": {"weights": {"lm": 0.5, each: 0.5}, "temperature": 1.0} for each in ("knn", "ngram")}
+    whole.write_text(json.dumps({"mixtures": by_name}))
+    found = run_json(*common, "--use", "lm,knn,ngram", "--weights", chosen)
+    expected = run_json(*common, "--use", "lm,knn,ngram", "--weights", whole)["perplexity"]
+    assert found["perplexity"] == {name: pytest.approx(expected[name]) for name in ("lm", "all")}
+    assert_error(run(*common, "--use", "lm,knn", "--weights", chosen), 2, "give --use lm,knn,ngram")
+    chosen.write_text('{"knn": 2}')
+    assert_error(run(*common, "--use", "lm,knn", "--weights", chosen), 2, "chosen.json has weights")
+
+
 def test_neighbours_are_looked_up_as_asked_and_as_their_weights_say(model_dir, model, store, val, test, tmp_path):
     """Weights of three neighbours are fitted and used with three; others are refused, in the command and below it."""
     common = ["--model", model_dir, "--store", store.path, "--use", "lm,knn"]
@@ -405,6 +422,10 @@ def test_a_digest_sees_one_bit(mixture, test):
         ("--use lm,knn --store {store} --weights {none}", "none does not exist"),
         ("--use lm,knn --store {none} --fit {val}", "none is not a store"),
         ("--use lm,knn --store {store} --fit {none}", "none does not exist"),
+        ("--save-weights {none}", "--save-weights writes what was fitted, and nothing is; give --fit FILE"),
+        ("--purpose research", "--purpose, --neighbours and --probes choose from a store; give --store"),
+        ("--deny-owner Ada", "choose from a store; give --store"),
+        ("--probes 2", "choose from a store; give --store"),
         ("--max-tokens 0", "0 is not in the range x>=1"),
         ("--max-tokens many", "'many' is not a valid integer"),
     ],
