@@ -327,7 +327,13 @@ def show_hash(store: Path) -> dict[str, Any]:
 def render_log(value: dict[str, Any]) -> None:
     """Show one line a change."""
     for line in value["log"]:
-        click.echo(f"{line['sequence']:>6}  {line['time']}  {line['operation']:<7} {line['receipt']}  {line['reason']}")
+        reason = shown(line["reason"])
+        click.echo(f"{line['sequence']:>6}  {line['time']}  {line['operation']:<7} {line['receipt']}  {reason}")
+
+
+def shown(text: str) -> str:
+    """A text in one line: what no line can show, such as its end, is escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @datastore.command()

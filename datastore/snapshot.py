@@ -129,8 +129,13 @@ class Snapshot:
         # They are read when the store, and this very object, may be in another state.
         return DocumentRows(shards, Snapshot(self.path, self.manifest)._as_opened)
 
-    def require_addable(self, documents: Iterable[Document | DocumentRow]) -> list[str]:
-        """The documents' ids, none of which the store has.
+    def require_addable(
+        self,
+        documents: Iterable[Document | DocumentRow],
+        *,
+        advice: str = "remove it first, or add with --skip-present",
+    ) -> list[str]:
+        """The documents' ids, none of which the store has; ``advice`` says what to do if it has one.
 
         Raises:
             UsageError: there are none.
@@ -146,9 +151,7 @@ class Snapshot:
         if not shards:
             raise UsageError("nothing to add; give at least one document")
         for id, (shard, _) in self._locate(list(shards)).items():
-            raise DataError(
-                f"document {id!r} is in shard {shard!r} already; remove it first, or add with --skip-present"
-            )
+            raise DataError(f"document {id!r} is in shard {shard!r} already; {advice}")
         return list(shards)
 
     def groups_of(self, kind: str) -> list[Group]:

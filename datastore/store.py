@@ -208,7 +208,7 @@ class Store(Snapshot):
             directory = self.path / "shards" / ".import"  # which the next writer collects
             directory.mkdir()
             shard = read_export(file, directory, self.manifest)
-            self.require_addable(shard.rows)
+            self.require_addable(shard.rows, advice="remove it first: a shard is imported as a whole")
             return self._insert(shard.documents(), key)
 
     def note_weights(self, file: Path, owners: Iterable[str]) -> Receipt:

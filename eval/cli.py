@@ -148,10 +148,10 @@ def read_weights(
 ) -> tuple[Mapping[str, Weights | Gate], dict[str, Any]]:
     """The same from a file; without one, of the model alone."""
     from eval import perplexity as measure
-    from silo.files import read_json
+    from silo.weights import read_weights_file
 
     file = file_of_weights(weights, store) if weights else None
-    value: dict[str, Any] = read_json(file) if file else MODEL_ALONE
+    value: dict[str, Any] = read_weights_file(file) if file else MODEL_ALONE
     return measure.weighings_from_json(value, methods, lm, where=str(file)), {
         "fitted_on": value.get("fitted_on") or value.get("provenance", {}).get("fitted_on"),
         "restricted_text_of": value.get("restricted_text_of", []),

@@ -20,7 +20,7 @@ from eval.metrics import LEVEL, Sums, Trio, Unit, difference, documents_needed, 
 from eval.suite import Suite
 from eval.suite_run import Cell
 from silo.errors import DataError, UsageError
-from silo.files import read_sealed, sealed, write_file, write_json
+from silo.files import read_json, read_sealed, sealed, write_file, write_json
 from silo.markup import number
 
 FORMAT = 1
@@ -140,7 +140,12 @@ def exactness(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def read_result(path: Path) -> dict[str, Any]:
     """The result in a directory that a suite wrote to, or in a file. Raises :class:`UsageError` if there is none."""
-    return read_sealed(path / RESULT if path.is_dir() else path, FORMAT)
+    file = path / RESULT if path.is_dir() else path
+    wanted = "the directory of results that `silo eval suite --out` writes"
+    value = read_json(file, wanted=wanted)
+    if not isinstance(value, dict) or "cells" not in value:
+        raise UsageError(f"{file} is no result of a suite; expected {wanted}")
+    return read_sealed(file, FORMAT)
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from eval.perplexity import Text
 from eval.protocols import Protocol
 from eval.suite import Entry, Suite, Texts, documents_hash, read_domains
 from silo.errors import UsageError
-from silo.files import canonical_json, read_json, read_sealed, sealed, sha256, sha256_file, write_json
+from silo.files import canonical_json, read_sealed, sealed, sha256, sha256_file, write_json
 from silo.gate import Gate
 from silo.language_model import LanguageModel
 from silo.mixture import Mixture
 from silo.nearest import Nearest
-from silo.weights import METHODS, Weights
+from silo.weights import METHODS, Weights, read_weights_file
 
 FORMAT = 1
 MODEL_ALONE: dict[str, Any] = {"mixtures": {"lm": {"weights": {"lm": 1.0}, "temperature": 1.0}}}
@@ -120,7 +120,7 @@ def lookup(entry: Entry, store: Store, model: LanguageModel, base: Path) -> Near
     path = named_weights(entry, store, base)
     if path is None:
         return entry.lookup
-    weighings = measure.weighings_from_json(read_json(path), entry.use, model, where=str(path))
+    weighings = measure.weighings_from_json(read_weights_file(path), entry.use, model, where=str(path))
     return measure.looked_up_by(weighings.values(), entry.lookup, where=str(path))
 
 
@@ -212,7 +212,7 @@ def measured(contestant: Contestant, domain: Texts, out: Path, base: Path) -> di
 def score_cell(contestant: Contestant, texts: Sequence[Text], weights: Path | None) -> dict[str, Any]:
     """Score the test text of a cell with the weights that a file holds."""
     model = contestant.mixture.model
-    value = read_json(weights) if weights is not None else MODEL_ALONE
+    value = read_weights_file(weights) if weights is not None else MODEL_ALONE
     weighings: Mapping[str, Weights | Gate] = measure.weighings_from_json(
         value, contestant.entry.use, model, where=str(weights)
     )
@@ -249,7 +249,7 @@ def weights_file(contestant: Contestant, domain: Texts, out: Path, base: Path) -
         return None
     named = named_weights(entry, contestant.store, base)
     if named is not None:
-        require_unfitted(read_json(named), domain, contestant, named)
+        require_unfitted(read_weights_file(named), domain, contestant, named)
         return named
     texts = measure.sample(domain.validation, contestant.mixture, domain.fit_tokens)
     fitted_on = {**contestant.described(), "windows": contestant.windows(), "fitted_on": measure.data_hash(texts)}

@@ -32,7 +32,7 @@ import numpy as np
 
 from eval.continuations import Pair, Progress, score_pairs
 from eval.metrics import bootstrap
-from silo.errors import DataError
+from silo.errors import DataError, UsageError
 from silo.mixture import Mixture
 from silo.weights import Weighing
 
@@ -77,8 +77,11 @@ def read_task(path: Path, domain_prompt: str | None = None) -> list[Question]:
     """Read a task; ``domain_prompt`` is that of the questions that name none.
 
     Raises:
+        UsageError: there is no such file.
         DataError: a line is no question, or has no domain prompt.
     """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file; expected JSON Lines, one question a line")
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():

@@ -192,6 +192,10 @@ def _checked_document(line: bytes, row: Row, path: Path) -> Document:
 def _require_corpus(path: Path) -> None:
     if (path / "manifest.json").is_file():
         return
+    if path.is_file():
+        raise UsageError(
+            f"{path} is a file; expected a directory that `silo corpus collect {path} --out DIR` would make"
+        )
     if not path.is_dir():
         raise UsageError(f"{path} does not exist; expected a corpus that `silo corpus collect` wrote")
     sides = [f"{path / side}" for side in SIDES if (path / side / "manifest.json").is_file()]

@@ -178,13 +178,27 @@ def check_digest(path: Path, found: str, expected: str) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises :class:`UsageError` if it is not there, :class:`IntegrityError` if it is not JSON."""
+def read_json(path: Path, *, wanted: str = "") -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        wanted: of a file that a user names: what it should be, and what writes it.
+
+    Raises:
+        UsageError: it is not there; or it is not JSON, and what was wanted is known.
+        IntegrityError: it is not JSON.
+    """
+    told = f"; expected {wanted}" if wanted else ""
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} does not exist{told}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a directory{told or '; expected a file'}") from None
     except ValueError as error:
+        if wanted:
+            raise UsageError(f"{path} is not valid JSON ({error}){told}") from None
         raise IntegrityError(f"{path} is not valid JSON ({error}); restore it from a backup") from None
 
 

@@ -132,6 +132,14 @@ class Weights:
         return read
 
 
+def read_weights_file(path: Path) -> Any:
+    """What a file of weights of any kind holds, not read yet. Raises :class:`UsageError` if that is no JSON."""
+    return read_json(
+        path,
+        wanted="weights, as `silo eval perplexity --fit FILE --save-weights` writes, or a gate of `silo eval gate`",
+    )
+
+
 def read_weighing(
     value: Path | str | Mapping[str, Any],
     use: Sequence[str] | None = None,
@@ -153,7 +161,7 @@ def read_weighing(
         UsageError: there are no such weights, or they are of other methods.
     """
     where = where if isinstance(value, Mapping) else str(value)
-    content = value if isinstance(value, Mapping) else read_json(Path(value))
+    content = value if isinstance(value, Mapping) else read_weights_file(Path(value))
     if not isinstance(content, Mapping):
         raise UsageError(f"{where} holds a {type(content).__name__}; expected a mapping with weights or a gate")
     made_for = content.get("model") or (content.get("provenance") or {}).get("model")

@@ -21,11 +21,10 @@ from eval.perplexity import Scores, Text
 from eval.suite_report import with_interval
 from eval.suite_run import bytes_of
 from silo.documents import Document, read_documents
-from silo.files import read_json
 from silo.gate import Gate
 from silo.language_model import LanguageModel
 from silo.mixture import Mixture
-from silo.weights import METHODS, Weights
+from silo.weights import METHODS, Weights, read_weights_file
 
 Progress = Callable[[int, int], None]
 Weighings = Mapping[str, Weights | Gate]
@@ -81,7 +80,7 @@ class Subject:
         opened.require_model(lm)
         if weights is None:
             return cls(lm, opened, methods, test, validation, {}, budget)
-        value = read_json(file_of_weights(weights, store))
+        value = read_weights_file(file_of_weights(weights, store))
         given = measure.weighings_from_json(value, methods, lm, where=str(weights))
         subject = cls(lm, opened, methods, test, validation, given, budget)
         measure.require_unfitted(value, test, subject.texts(test), where=str(weights))

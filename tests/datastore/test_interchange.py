@@ -137,8 +137,9 @@ def test_wrong_use_is_told(exported, make_store, tmp_path):
         store.export("Nobody", tmp_path / "nobody")
     with pytest.raises(UsageError, match="does not exist"):
         store.take_in(tmp_path / "absent")
-    with pytest.raises(DataError, match="is in shard 'Ada' already"):
+    with pytest.raises(DataError, match="is in shard 'Ada' already") as caught:
         store.take_in(file)
+    assert "--skip-present" not in str(caught.value)  # which import does not have
     assert not (tmp_path / "nobody").exists()
 
 

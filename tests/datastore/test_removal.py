@@ -360,3 +360,13 @@ def test_a_store_that_was_searched_keeps_no_map_of_what_it_removed(make_store, d
     gc.collect()
     held = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(store.path) in line]
     assert [line for line in held if "(deleted)" in line] == []
+
+
+def test_a_reason_of_two_lines_is_one_line_of_the_log(make_store, documents):
+    """What breaks lines is escaped where people read the log, and kept as it is in the record."""
+    store = make_store("store", documents[:2])
+    store.remove(Selection(documents=(documents[0].id,)), reason="by letter\n     3  forged")
+    shown = run("log", store.path)
+    assert shown.stdout.count("\n") == 2
+    assert "by letter\\n     3  forged" in shown.stdout
+    assert store.log()[-1]["reason"] == "by letter\n     3  forged"

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -10,8 +11,8 @@ import silo
 import silo.gate
 from datastore.selection import Selection
 from datastore.store import Store
-from eval.perplexity import looked_up_by, weighings_from_json
-from eval.rehearsal import Cast, rehearse
+from eval.perplexity import Text, looked_up_by, weighings_from_json
+from eval.rehearsal import ENOUGH, Cast, _split, rehearse
 from silo.cli import main
 from silo.documents import Document
 from silo.errors import IntegrityError, LicenseError, StoreError, UsageError
@@ -111,8 +112,24 @@ def test_text_that_taught_the_weights_cannot_teach_a_gate(model, store, permissi
 
 def test_too_little_text_is_wrong_use(model, store, permissive):
     """Documents of one owner cannot play both sides."""
-    with pytest.raises(UsageError, match="too few for a rehearsal; give more permissive text"):
+    with pytest.raises(UsageError, match="too few for a rehearsal; give more permissive text") as caught:
         rehearsed(model, store, [document for document in permissive if document.owner == "owner 0"])
+    assert ENOUGH in str(caught.value)
+
+
+def test_what_is_called_enough_is_enough(permissive):
+    """Of a hundred sets of as many documents and owners as the message names, at most a few have a part without any."""
+    assert ENOUGH.startswith("some 50 documents of a dozen owners")
+    few = 0
+    for name in range(100):
+        try:
+            cast = Cast.of(
+                replace(permissive[0], id=f"{name}/{n}", owner=f"owner {name}/{n % 12}", text="x") for n in range(50)
+            )
+            _split([Text(each, np.zeros(1)) for each in (*cast.asked, *cast.strangers)])
+        except UsageError:
+            few += 1
+    assert few <= 3
 
 
 def test_text_without_keys_is_rehearsed_with(model, store, permissive, monkeypatch):

@@ -145,6 +145,17 @@ WRONG = [
     ("generate x --model {here}/empty --seed -1", 2, "--seed"),
     ("generate x --model {here}/empty --seed 99999999999999999999", 2, "is not in the range 0<=x<=4294967295"),
     ("quickstart --seed 4294967296", 2, "--seed"),
+    ("corpus audit {here}/good.jsonl", 2, "is a file; expected a directory that `silo corpus collect"),
+    ("eval zero-shot {here} {here}/none", 2, "none does not exist or is not a file; expected JSON Lines, one question"),
+    (
+        "eval compare {here}/y.json {here}/y.json",
+        2,
+        "y.json is no result of a suite; expected the directory of results",
+    ),
+    ("eval compare {here}/broken.jsonl {here}", 2, "expected the directory of results that `silo eval suite --out`"),
+    ("eval compare {here}/none {here}", 2, "none does not exist; expected the directory of results"),
+    ("generate x --model {here} --weights {here}/broken.jsonl", 2, "expected weights, as `silo eval perplexity --fit"),
+    ("generate x --model {here} --weights {here}", 2, "is a directory; expected weights, as"),
     ("generate x --model {here}/empty --temperature nan", 2, "nan is not a finite number"),
     ("generate x --model {here}/empty --temperature inf", 2, "inf is not a finite number"),
     (
