@@ -55,7 +55,7 @@ from silo.files import (
     sync_directory,
     write_file,
 )
-from silo.licensing import tier_of
+from silo.licensing import DEFAULT_POLICY, Policy
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -220,19 +220,21 @@ class Store(Snapshot):
             noted = {"file": file.name, "sha256": sha256_file(file), "owners": sorted(set(owners))}
             return self._commit({}, "fit", [], request={}, reason="", told={"weights": noted})
 
-    def keep_gate(self, gate: Gate, provenance: dict[str, Any]) -> Receipt:
+    def keep_gate(self, gate: Gate, provenance: dict[str, Any], policy: Policy = DEFAULT_POLICY) -> Receipt:
         """Make a gate the store's own, in place of the one before: its readers weigh by it if they say nothing else.
 
         Args:
             gate: what :func:`eval.rehearsal.rehearse` learnt for this store, from permissive text.
             provenance: what it said of how.
+            policy: judges its teachers' licences, anew.
 
         Raises:
             LicenseError: one of its teachers is restricted (law 2).
             StoreError: it was learnt for another model or beside another control plane.
         """
         for each in provenance["teachers"]:
-            if not tier_of(each["license"]).permissive:
+            named = {name: each.get(name, "") for name in ("id", "license", "owner", "source")}
+            if not policy.tier(Document(**named, text="-")).permissive:
                 said = f"{each['id']!r} under {each['license'] or 'no licence'} taught the gate, and is restricted"
                 raise LicenseError(f"{said}; a store keeps a gate that permissive text alone has taught")
         with self._writing():

@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from datastore.generate_cli import policy_options
-from eval.options import file_of_weights, nearest_options, parse_methods, require_options, require_used
+from eval.options import (
+    RULES,
+    file_of_weights,
+    licence_policy,
+    nearest_options,
+    parse_methods,
+    require_options,
+    require_used,
+)
 from eval.study_cli import study
 from eval.suite_cli import compare, suite
 from eval.zero_shot_cli import zero_shot
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from silo.documents import Document
     from silo.gate import Gate
     from silo.language_model import LanguageModel
+    from silo.licensing import Policy
     from silo.mixture import Mixture
     from silo.nearest import Nearest
     from silo.weights import Weights
@@ -63,6 +72,7 @@ def render(value: dict[str, Any]) -> None:
     type=click.IntRange(min=1),
     help="Score a sample of so many tokens, one passage a document.",
 )
+@RULES
 @nearest_options
 @policy_options
 @reports(render)
@@ -75,6 +85,7 @@ def perplexity(
     weights: Path | None,
     save_weights: Path | None,
     max_tokens: int | None,
+    rules: Path | None,
     nearest: Nearest | None,
     policy: QueryPolicy,
 ) -> dict[str, Any]:
@@ -93,17 +104,17 @@ def perplexity(
     from silo.progress import progress_bar
 
     require_options(methods, store, fit_on, weights)
-    require_used(store, fit_on, save_weights, of_store=bool(nearest or policy.to_json()))
+    require_used(store, fit_on, save_weights, rules, of_store=bool(nearest or policy.to_json()))
     if save_weights:
         require_place(save_weights, "--save-weights")
     documents = list(read_documents(data))
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
-    lm = LanguageModel.load(model)
+    judge, lm = licence_policy(rules), LanguageModel.load(model)
     given = None if fit_on else read_weights(weights, store, methods, lm)
     nearest = measure.looked_up_by(given[0].values(), nearest, where=str(weights)) if given else nearest
     mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy, nearest)
-    fitted, source = given or fit_weights(mixture, fitted_documents, methods, max_tokens)
+    fitted, source = given or fit_weights(mixture, fitted_documents, methods, max_tokens, judge)
     texts = measure.sample(documents, mixture, max_tokens)
     measure.require_unfitted(source, documents, texts, where=str(weights))
     taught = source.pop("texts")
@@ -125,17 +136,16 @@ def perplexity(
 
 
 def fit_weights(
-    mixture: Mixture, documents: Sequence[Document], methods: list[str], max_tokens: int | None
+    mixture: Mixture, documents: Sequence[Document], methods: list[str], max_tokens: int | None, policy: Policy
 ) -> tuple[Mapping[str, Weights | Gate], dict[str, Any]]:
     """Weights of each mixture, fitted on validation text; and whose restricted text they learnt from."""
     from eval import perplexity as measure
-    from silo.licensing import DEFAULT_POLICY
     from silo.progress import progress_bar
 
     with progress_bar("fit") as progress:
         texts = measure.sample(documents, mixture, max_tokens)
         fitted = measure.fit_combinations(measure.score(mixture, texts, progress=progress), methods)
-    whose = {each.owner or each.source for each in documents if not DEFAULT_POLICY.tier(each).permissive}
+    whose = {each.owner or each.source for each in documents if not policy.tier(each).permissive}
     return fitted, {
         "fitted_on": measure.data_hash(texts),
         "restricted_text_of": sorted(whose),
@@ -209,6 +219,7 @@ def tokens_option(name: str, usual: int, least: int, said: str) -> Any:
 @tokens_option("--store-tokens", 400_000, 1, "Tokens of the rehearsal's store.")
 @tokens_option("--bare-tokens", 0, 0, "The same, without keys, beside them.")
 @tokens_option("--asked-tokens", 60_000, 2, "Tokens to learn from, and to judge by.")
+@RULES
 @nearest_options
 @reports(render_gate)
 def gate(
@@ -220,6 +231,7 @@ def gate(
     store_tokens: int,
     bare_tokens: int,
     asked_tokens: int,
+    rules: Path | None,
     nearest: Nearest | None,
 ) -> dict[str, Any]:
     """Learn, from permissive FILES, how far to trust a store at each token.
@@ -236,11 +248,11 @@ def gate(
     from silo.documents import read_documents
     from silo.files import require_place, write_json
     from silo.language_model import LanguageModel
-    from silo.licensing import DEFAULT_POLICY
     from silo.progress import progress_bar
 
     if out is not None:
         require_place(out, "--out")
+    judge = licence_policy(rules)
     documents = [document for file in files for document in read_documents(file)]
     lm, opened = LanguageModel.load(model), Store.open(store)
     with progress_bar("rehearse") as progress:
@@ -249,7 +261,7 @@ def gate(
             opened,
             documents,
             methods,
-            policy=DEFAULT_POLICY,
+            policy=judge,
             trained_on=read_trained_on(model),
             store_tokens=store_tokens,
             asked_tokens=asked_tokens,
@@ -258,7 +270,7 @@ def gate(
             progress=progress,
         )
     if out is None:
-        opened.keep_gate(learnt, source)
+        opened.keep_gate(learnt, source, judge)
         out = opened.gate_path()
     else:
         write_json(out, {**learnt.to_json(), "provenance": source})

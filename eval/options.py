@@ -5,12 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from silo.errors import UsageError
 
+if TYPE_CHECKING:
+    from silo.licensing import Policy
+
+RULES = click.option(
+    "--policy", "rules", type=click.Path(path_type=Path), help="Licence policy file that judges the text to learn from."
+)
 METHODS = ("lm", "knn", "ric", "ngram")
 ELSE = "without both options, as given weights say"
 
@@ -50,11 +56,22 @@ def require_options(methods: list[str], store: Path | None, fit_on: Path | None,
         raise UsageError("a mixture needs weights: give --fit FILE with validation text, or --weights FILE")
 
 
-def require_used(store: Path | None, fit_on: Path | None, save_weights: Path | None, *, of_store: bool) -> None:
+def licence_policy(path: Path | None) -> Policy:
+    """The policy in a file, or the default one."""
+    from silo.licensing import DEFAULT_POLICY, load_policy
+
+    return load_policy(path) if path is not None else DEFAULT_POLICY
+
+
+def require_used(
+    store: Path | None, fit_on: Path | None, save_weights: Path | None, rules: Path | None, *, of_store: bool
+) -> None:
     """Raise :class:`UsageError` for options that would have no effect; ``of_store``: whether there is one that only
     concerns a store."""
     if save_weights and not fit_on:
         raise UsageError("--save-weights writes what was fitted, and nothing is; give --fit FILE with validation text")
+    if rules and not fit_on:
+        raise UsageError("--policy judges the text of --fit, and there is none; give --fit FILE, or no --policy")
     if of_store and store is None:
         raise UsageError("--allow, --deny, --purpose, --neighbours and --probes choose from a store; give --store")
 

@@ -114,13 +114,15 @@ def rehearse(
         learnt, held_out = _split([text for side in sides for text in side])
         scores = [score(mixture, each) for each in (learnt, held_out)]
     gate = fit_gate(scores[0].lessons, scores[1].lessons, methods, nearest=nearest)
-    taught = provenance([*stored, *bare, *(text.document for side in sides for text in side)])
+    teachers = [*stored, *bare, *(text.document for side in sides for text in side)]
+    taught = provenance(teachers)
     gained = [_gain(each, gate) for each in scores]
     return gate, {
         "model": model.fingerprint,
         "control": store.manifest.control,
         "fitted_on": sha256(canonical_json(taught)),
-        "teachers": taught,
+        # With owners, by which a policy may judge when the store takes the gate.
+        "teachers": [{**row, "owner": each.owner} for row, each in zip(taught, teachers, strict=True)],
         "store_tokens": sum(shard.tokens for shard in stage.manifest.shards.values()),
         "asked_tokens": sum(map(len, scores)),
         "nats_gained": {"learnt": gained[0], "held_out": gained[1]},

@@ -423,6 +423,7 @@ def test_a_digest_sees_one_bit(mixture, test):
         ("--use lm,knn --store {none} --fit {val}", "none is not a store"),
         ("--use lm,knn --store {store} --fit {none}", "none does not exist"),
         ("--save-weights {none}", "--save-weights writes what was fitted, and nothing is; give --fit FILE"),
+        ("--policy {none}", "--policy judges the text of --fit, and there is none"),
         ("--purpose research", "--purpose, --neighbours and --probes choose from a store; give --store"),
         ("--deny-owner Ada", "choose from a store; give --store"),
         ("--probes 2", "choose from a store; give --store"),

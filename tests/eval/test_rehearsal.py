@@ -228,3 +228,32 @@ def test_the_commands(model_dir, store, permissive, documents, tmp_path):
     refused = CliRunner().invoke(main, ["eval", "perplexity", *options])
     assert refused.exit_code == 2
     assert "was made for the model another" in refused.stderr
+
+
+def test_a_policy_says_who_may_teach(model_dir, make_store, permissive, tmp_path):
+    """What a policy file permits, by licence or owner, teaches a gate that the store keeps; what it restricts does not;
+    and text that it permits needs no new weights after a removal."""
+    text, policy = tmp_path / "text.jsonl", tmp_path / "policy.yaml"
+    store = make_store("store")
+    common = ["--model", str(model_dir), "--store", str(store.path), "--use", "lm,ngram"]
+    sizes = ["--store-tokens", "4000", "--asked-tokens", "3000"]
+
+    def taught(license: str, rules: str):
+        text.write_bytes(b"".join(canonical_json(replace(each, license=license).to_json()) for each in permissive))
+        policy.write_text(rules)
+        return CliRunner().invoke(main, ["eval", "gate", str(text), *common, *sizes, "--policy", str(policy)])
+
+    owners = ", ".join(f"'{each}': BY" for each in sorted({each.owner for each in permissive}))
+    for rules in ("licenses: {CC-BY-SA-4.0: BY}", f"owners: {{{owners}}}"):
+        made = taught("CC-BY-SA-4.0", rules)
+        assert made.exit_code == 0, made.stderr
+    refused = taught("MIT", "licenses: {MIT: restricted}")
+    assert refused.exit_code == 1
+    assert "under MIT is restricted; a gate is fitted on permissive text only" in refused.stderr
+
+    (tmp_path / "data.jsonl").write_bytes(canonical_json({"id": "d", "text": "import this and that"}))
+    fit = ["--data", str(tmp_path / "data.jsonl"), "--fit", str(text), "--max-tokens", "300", "--json"]
+    for rules, whose in (([], 0), (["--policy", str(policy)], len({each.owner for each in permissive}))):
+        found = CliRunner().invoke(main, ["eval", "perplexity", *common, *fit, *rules])
+        assert found.exit_code == 0, found.stderr
+        assert len(json.loads(found.stdout)["restricted_text_of"]) == whose
