@@ -327,8 +327,10 @@ def show_hash(store: Path) -> dict[str, Any]:
 def render_log(value: dict[str, Any]) -> None:
     """Show one line a change."""
     for line in value["log"]:
-        reason = shown(line["reason"])
-        click.echo(f"{line['sequence']:>6}  {line['time']}  {line['operation']:<7} {line['receipt']}  {reason}")
+        signed = "signed" if line["signed"] else "unsigned"
+        said = "  ".join(shown(line[name]) for name in ("what", "reason") if line[name])
+        place = f"{line['sequence']:>6}  {line['time']}  {line['operation']:<7} {line['receipt']}"
+        click.echo(f"{place}  {signed:<8}  {said}".rstrip())
 
 
 def shown(text: str) -> str:
@@ -340,7 +342,9 @@ def shown(text: str) -> str:
 @STORE
 @reports(render_log)
 def log(store: Path) -> dict[str, Any]:
-    """Show what was added and removed, when, why, and with which receipt."""
+    """Show what was added and removed, of whom, when, why, and with which receipt, signed or not."""
+    from datastore import history
     from datastore.store import Store
 
-    return {"store": str(store), "log": Store.open(store).log()}
+    path = Store.open(store).path
+    return {"store": str(store), "log": history.told(path / "log.jsonl", path / "receipts")}

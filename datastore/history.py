@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datastore.integrity import missing, refuse_strays
+from datastore.selection import KINDS
 from datastore.signing import sign, signer
 from silo.errors import IntegrityError
 from silo.files import canonical_json, read_checked, sha256, sync_directory, write_file
@@ -131,6 +132,40 @@ def verify(log: Path, receipts: Path, last_sequence: int, last_receipt_sha256: s
 def load(path: Path, digest: str) -> Receipt:
     """Read a receipt whose digest is known."""
     return Receipt(path, json.loads(read_checked(path, digest)))
+
+
+def told(log: Path, receipts: Path) -> list[dict[str, Any]]:
+    """The lines of a log, each with what its receipt says of the change: ``what`` in a few words, how many
+    ``documents``, and whether it is ``signed``.
+
+    Raises:
+        IntegrityError: a line or a receipt was changed, or is missing.
+    """
+    lines = []
+    for line in read(log):
+        receipt = load(receipts / line["receipt"], line["receipt_sha256"])
+        content, signed = receipt.content, signer(receipt.content, receipt.path) is not None
+        lines.append({**line, "what": _what(content), "documents": len(content["documents"]), "signed": signed})
+    return lines
+
+
+def _what(content: dict[str, Any]) -> str:
+    """What a change was about: what was asked for, or whose documents came, or what was noted."""
+    number = len(content["documents"])
+    count = f"{number:,} document{'s' * (number != 1)}"
+    if content["request"]:
+        asked = "; ".join(f"{KINDS[kind]} {_some(names)}" for kind, names in sorted(content["request"].items()))
+        return f"{asked}: {count}"
+    if number:
+        return f"{count} of {_some(sorted({row['owner'] or row['source'] for row in content['documents']}))}"
+    if "weights" in content:
+        return f"weights {content['weights']['file']}"
+    return f"{len(content['damaged'])} search structures built anew" if "damaged" in content else ""
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def out_of_reach(log: Path, receipts: Path, ids: set[str]) -> dict[str, list[str]]:

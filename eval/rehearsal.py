@@ -121,12 +121,16 @@ def rehearse(
         "model": model.fingerprint,
         "control": store.manifest.control,
         "fitted_on": sha256(canonical_json(taught)),
-        # With owners, by which a policy may judge when the store takes the gate.
-        "teachers": [{**row, "owner": each.owner} for row, each in zip(taught, teachers, strict=True)],
+        "teachers": _with_owners(taught, teachers),
         "store_tokens": sum(shard.tokens for shard in stage.manifest.shards.values()),
         "asked_tokens": sum(map(len, scores)),
         "nats_gained": {"learnt": gained[0], "held_out": gained[1]},
     }
+
+
+def _with_owners(rows: Sequence[dict[str, str]], teachers: Sequence[Document]) -> list[dict[str, str]]:
+    """Rows about teachers with their owners, by which a policy may judge when the store takes the gate."""
+    return [{**row, "owner": each.owner} for row, each in zip(rows, teachers, strict=True)]
 
 
 def _stage(

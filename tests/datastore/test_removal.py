@@ -370,3 +370,23 @@ def test_a_reason_of_two_lines_is_one_line_of_the_log(make_store, documents):
     assert shown.stdout.count("\n") == 2
     assert "by letter\\n     3  forged" in shown.stdout
     assert store.log()[-1]["reason"] == "by letter\n     3  forged"
+
+
+def test_the_log_says_what_each_change_was(make_store, documents, key):
+    """Whose documents came, what was asked for, how many went, and whether the receipt is signed; a damaged receipt is
+    named."""
+    store = make_store("store", documents[:6])
+    assert run("remove", store.path, "--owner", "Ada", "--document", documents[1].id, "--key", key).exit_code == 0
+    store.note_weights(key, ["Grace"])
+    log = said("log", store.path)["log"]
+    assert [(line["what"], line["documents"], line["signed"]) for line in log] == [
+        ("6 documents of Ada, Grace, Mary", 6, False),
+        (f"document {documents[1].id}; owner Ada: 3 documents", 3, True),
+        (f"weights {key.name}", 0, False),
+    ]
+    lines = run("log", store.path).stdout.splitlines()
+    assert ["unsigned" in line for line in lines] == [True, False, True]
+    assert all(told["what"] in line for told, line in zip(log, lines, strict=True))
+    receipt = store.path / "receipts" / log[1]["receipt"]
+    receipt.write_bytes(receipt.read_bytes().replace(b"Ada", b"Eve"))
+    assert f"{receipt} is damaged" in run("log", store.path).stderr
