@@ -111,6 +111,7 @@ def perplexity(
     fitted_documents = list(read_documents(fit_on)) if fit_on else []
     measure.require_disjoint(documents, fitted_documents)
     judge, lm = licence_policy(rules), LanguageModel.load(model)
+    warn_of_taught(documents, model)
     given = None if fit_on else read_weights(weights, store, methods, lm)
     nearest = measure.looked_up_by(given[0].values(), nearest, where=str(weights)) if given else nearest
     mixture, opened = open_mixture(lm, store, methods, [*documents, *fitted_documents], policy, nearest)
@@ -133,6 +134,17 @@ def perplexity(
         "data": measure.data_hash(texts),
         **described,
     }
+
+
+def warn_of_taught(documents: Sequence[Document], model: Path) -> None:
+    """Say on stderr how many documents of --data the model has seen: a low perplexity of theirs is no merit."""
+    from datastore.control import read_trained_on
+
+    seen = read_trained_on(model)
+    known = [each.id for each in documents if each.content_hash in seen]
+    if known:
+        said = f"{len(known)} of {len(documents)} documents of --data, the first {known[0]!r}"
+        click.echo(f"warning: the model trained on {said}; their perplexity says little of other text", err=True)
 
 
 def fit_weights(

@@ -11,9 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from datastore.control import read_trained_on
 from datastore.store import Selection, Store
 from eval import perplexity as measure
 from silo.cli import main
+from silo.corpus import Corpus
 from silo.documents import Document
 from silo.errors import DataError, UsageError
 from silo.files import canonical_json
@@ -437,6 +439,19 @@ def test_options_that_do_not_fit_are_wrong_use(model_dir, store, val, test, tmp_
     data = write(tmp_path / "test.jsonl", test)
     arguments = [option.format(**paths) for option in options.split()]
     assert_error(run("--model", model_dir, "--data", data, *arguments), 2, said)
+
+
+def test_text_that_taught_the_model_is_told(model_dir, corpus, test, tmp_path):
+    """Scoring what the model trained on warns in one line, with count and first id; other text does not."""
+    seen = read_trained_on(model_dir)
+    taught = [each for each in Corpus.open(corpus).documents("train") if each.content_hash in seen][:2]
+    data = write(tmp_path / "x.jsonl", [*test[:1], *(replace(each, id=f"again/{each.id}") for each in taught)])
+    told = run("--model", model_dir, "--data", data, "--max-tokens", 100)
+    assert told.exit_code == 0
+    said = f"warning: the model trained on 2 of 3 documents of --data, the first {'again/' + taught[0].id!r}; "
+    assert told.stderr.startswith(said)
+    assert told.stderr.count("\n") == 1
+    assert run("--model", model_dir, "--data", write(data, test), "--max-tokens", 100).stderr == ""
 
 
 def test_a_store_of_another_model_is_refused(model, model_dir, control, test, val, tmp_path):
