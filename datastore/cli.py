@@ -82,7 +82,7 @@ def create(
 def add(
     store: Path, files: tuple[Path, ...], model: Path, skip_present: bool, no_keys: bool, key: Path | None
 ) -> dict[str, Any]:
-    """Add the documents of JSON Lines FILEs, each to its owner's shard; all of them, or none.
+    """Add the documents of JSON Lines FILEs (plain, .gz or .zst), each to its owner's shard; all of them, or none.
 
     With --no-keys no neighbours are found in them. To give them keys later, remove them and add them again.
 
