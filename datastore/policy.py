@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from datastore.selection import Selection
 from silo.errors import UsageError
-from silo.purposes import PURPOSES, matches, permits, touches
+from silo.purposes import PURPOSES, permits
 
 if TYPE_CHECKING:
     from datastore.snapshot import Snapshot
@@ -51,33 +51,20 @@ class QueryPolicy:
         return replace(self, deny=replace(denied, documents=(*denied.documents, *documents))) if documents else self
 
     def selections(self, store: Snapshot) -> dict[str, Selection | None]:
-        """``allow`` and ``deny`` for :meth:`datastore.snapshot.Snapshot.select`, with the licences that the store has
-        in place of patterns."""
-        licenses = store.licenses() if self.purpose or self._patterns() else []
-        allow, deny = self.allow, self.deny
-        if allow is not None:
-            found = [each for each in licenses if any(matches(each, pattern) for pattern in allow.licenses)]
-            allow = replace(allow, licenses=_literal(found))
-        if deny is not None or self.purpose is not None:
+        """``allow`` and ``deny`` for :meth:`datastore.snapshot.Snapshot.select`, which denies those licences of the
+        store, too, that do not permit the purpose."""
+        deny = self.deny
+        if self.purpose is not None:
             deny = deny or Selection()
-            unfit = [each for each in licenses if self.purpose and not permits(each, self.purpose)]
-            found = [each for each in licenses if any(touches(each, pattern) for pattern in deny.licenses)]
-            deny = replace(deny, licenses=_literal([*found, *unfit]))
-        return {"allow": allow, "deny": deny}
+            unfit = (glob.escape(each) for each in store.licenses() if not permits(each, self.purpose))
+            deny = replace(deny, licenses=(*deny.licenses, *unfit))
+        return {"allow": self.allow, "deny": deny}
 
     def to_json(self) -> dict[str, Any]:
         """What was asked for, as far as anything was."""
         named = {"allow": self.allow, "deny": self.deny}
         found: dict[str, Any] = {kind: each.request() for kind, each in named.items() if each is not None}
         return {**found, "purpose": self.purpose} if self.purpose else found
-
-    def _patterns(self) -> bool:
-        return any(each is not None and each.licenses for each in (self.allow, self.deny))
-
-
-def _literal(licenses: Sequence[str]) -> tuple[str, ...]:
-    """Patterns that match some licences alone."""
-    return tuple(glob.escape(each) for each in sorted(set(licenses)))
 
 
 def _selection(named: Named) -> Selection | None:

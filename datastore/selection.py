@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from datastore.shard import DocumentRow
 from silo.errors import UsageError
+from silo.purposes import touches
 
 KINDS = {"documents": "document", "owners": "owner", "sources": "source", "licenses": "license", "shards": "shard"}
 """Field of a selection → what one of it is called."""
+
+Licensed = Callable[[str, str], bool]
+"""Whether a pattern of licences holds for an expression: :func:`silo.purposes.touches` for what is to go,
+:func:`silo.purposes.matches`, which is stricter, for what may be used."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +27,26 @@ class Selection:
     sources: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
     licenses: tuple[str, ...] = ()
-    """SPDX expressions, or patterns of them such as ``CC-BY-NC-*``."""
+    """SPDX expressions, or patterns of the licences in them such as ``CC-BY-NC-*``."""
 
-    def holds(self, shard: str, row: DocumentRow) -> bool:
+    def holds(self, shard: str, row: DocumentRow, licensed: Licensed = touches) -> bool:
         """Whether a document is among them."""
         return (
             row.id in self.documents
             or row.owner in self.owners
             or row.source in self.sources
             or shard in self.shards
-            or any(fnmatchcase(row.license, pattern) for pattern in self.licenses)
+            or any(licensed(row.license, pattern) for pattern in self.licenses)
         )
 
-    def of_all(self, shard: str, manifest: dict[str, Any]) -> bool | None:
+    def of_all(self, shard: str, manifest: dict[str, Any], licensed: Licensed = touches) -> bool | None:
         """Whether all documents of a shard are among those named by owner, source, shard or licence, or none is, by
         what its manifest lists; None if only its rows can tell."""
-        licensed = [any(fnmatchcase(license, each) for each in self.licenses) for license in manifest["licenses"]]
+        named = [any(licensed(license, each) for each in self.licenses) for license in manifest["licenses"]]
         sourced = [source in self.sources for source in manifest["sources"]]
-        if shard in self.shards or all(licensed) or all(sourced):
+        if shard in self.shards or all(named) or all(sourced):
             return True
-        return None if any(licensed) or any(sourced) or shard in self.owners else False
+        return None if any(named) or any(sourced) or shard in self.owners else False
 
     def may_concern(self, manifest: dict[str, Any]) -> bool:
         """Whether a shard can hold a document of one of the sources or licences, by what its own manifest lists.
@@ -50,7 +54,7 @@ class Selection:
         Owners need no look: a shard has its owner's name.
         """
         return not set(self.sources).isdisjoint(manifest["sources"]) or any(
-            fnmatchcase(license, pattern) for license in manifest["licenses"] for pattern in self.licenses
+            touches(license, pattern) for license in manifest["licenses"] for pattern in self.licenses
         )
 
     def request(self) -> dict[str, list[str]]:
@@ -80,7 +84,7 @@ class Selection:
         for kind, names in asdict(self).items():
             for name in names:
                 if kind == "licenses":
-                    missing = not any(fnmatchcase(license, name) for license in licenses)
+                    missing = not any(touches(license, name) for license in licenses)
                 else:
                     missing = name not in present[kind]
                 if missing:

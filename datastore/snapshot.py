@@ -26,13 +26,14 @@ from datastore.group_texts import GroupTexts, id_hash
 from datastore.groups import KINDS, NGRAMS, PARTS, SEARCH, group_array, verify_group
 from datastore.keys import KeyGroup
 from datastore.manifest import Group, Manifest
-from datastore.selection import Selection
+from datastore.selection import Licensed, Selection
 from datastore.shard import DocumentRow, DocumentRows, Shard, Texts, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import OfKind, Part, View
 from silo.documents import Document
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.files import read_checked
+from silo.purposes import matches, touches
 from silo.retrieval import PROBES, Metric
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ class Snapshot:
         with self._as_opened():
             chosen: dict[str, np.ndarray] | None = None
             if allow is not None or deny is not None:
-                allowed, denied = self._chooser(allow, otherwise=True), self._chooser(deny, otherwise=False)
+                allowed = self._chooser(allow, matches, otherwise=True)
+                denied = self._chooser(deny, touches, otherwise=False)
                 chosen = {name: allowed(name) & ~denied(name) for name in self.manifest.shards}
             keys, ngrams = self._opened(SEARCH, KeyGroup), self._opened(NGRAMS, GroupTexts)
             return View(self._parts(SEARCH, keys, chosen), self._parts(NGRAMS, ngrams, chosen), self.control)
@@ -243,7 +245,9 @@ class Snapshot:
         with self._as_opened():
             return self.select(allow=allow, deny=deny).mixture(model, use, in_context, nearest)
 
-    def _chooser(self, selection: Selection | None, *, otherwise: bool) -> Callable[[str], np.ndarray]:
+    def _chooser(
+        self, selection: Selection | None, licensed: Licensed, *, otherwise: bool
+    ) -> Callable[[str], np.ndarray]:
         """A function from a shard's name to which of its documents are selected, (documents,) bool.
 
         A shard's rows are read only where its manifest leaves the answer open.
@@ -252,9 +256,9 @@ class Snapshot:
 
         def choose(name: str) -> np.ndarray:
             entry = self.manifest.shards[name]
-            answer = otherwise if selection is None else selection.of_all(name, self._shard_manifest(name))
+            answer = otherwise if selection is None else selection.of_all(name, self._shard_manifest(name), licensed)
             if selection and (answer is None or (answer is False and name in named)):
-                return np.asarray([selection.holds(name, row) for row in self.rows_of(name)], dtype=bool)
+                return np.asarray([selection.holds(name, row, licensed) for row in self.rows_of(name)], dtype=bool)
             return np.full(entry.documents, bool(answer))
 
         return choose

@@ -37,6 +37,9 @@ source-available) and what is for some fields only; ``research`` takes those in.
 _NO_ATTRIBUTION = re.compile(r"0BSD|MIT-0|Unlicense|WTFPL", re.IGNORECASE)
 """Licences outside the public-domain tier that ask for no notice."""
 
+_COMPOSED = re.compile(r"[\s()]")
+"""What the name of a single licence does not have."""
+
 
 def permits(license: str, purpose: str) -> bool:
     """Whether an SPDX expression permits one of :data:`PURPOSES`: for ``A OR B`` one side must, for ``A AND B`` both.
@@ -63,6 +66,7 @@ def asks_for_attribution(license: str) -> bool:
     return not holds(license, lambda name: tier_of(name) == Tier.PD or bool(_NO_ATTRIBUTION.fullmatch(name)))
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def matches(license: str, pattern: str) -> bool:
     """Whether a pattern such as ``CC-BY-*`` holds for an expression: of "A OR B" for one side, of "A AND B" for both.
 
@@ -73,10 +77,16 @@ def matches(license: str, pattern: str) -> bool:
     return license.lower() == pattern or holds(license, lambda name: fnmatchcase(_base(name).lower(), pattern))
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def touches(license: str, pattern: str) -> bool:
-    """The same for what is denied: for ``A OR B`` on both sides, for ``A AND B`` on one."""
+    """The same for what is denied or removed: for ``A OR B`` on both sides, for ``A AND B`` on one.
+
+    A pattern that names more than one licence, such as ``MIT AND *``, is matched with the whole expression too.
+    """
     pattern = pattern.lower()
-    return license.lower() == pattern or not holds(license, lambda name: not fnmatchcase(_base(name).lower(), pattern))
+    if license.lower() == pattern or (_COMPOSED.search(pattern) and fnmatchcase(license.lower(), pattern)):
+        return True
+    return not holds(license, lambda name: not fnmatchcase(_base(name).lower(), pattern))
 
 
 def holds(license: str, of_name: Callable[[str], bool]) -> bool:

@@ -83,6 +83,36 @@ def test_a_licence_is_removed_by_its_pattern(make_store, distinct):
         store.remove(Selection(licenses=("CC-*",)))
 
 
+COMPOSED = ("(MIT) AND (GPL-3.0-only)", "MIT OR GPL-3.0-only", "Gpl-3.0-Only", "MIT")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "gone"),
+    [("gpl-3.0-only", {0, 2}), ("GPL-*", {0, 2}), ("(mit) AND (GPL-*)", {0}), ("MIT*", {0, 3}), ("* OR *", {1})],
+)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_licence_goes_from_every_expression_that_needs_it(make_store, distinct, pattern, gone, shards):
+    """What a pattern removes, in any case and within expressions, is what the same pattern denies."""
+    licensed = [
+        replace(each, license=license, text=each.text[:200], id=license, owner=f"owner {number % shards}")
+        for number, (each, license) in enumerate(zip(distinct, COMPOSED, strict=False))
+    ]
+    store = make_store("store", licensed)
+    assert store.select(deny=Selection(licenses=(pattern,))).num_documents == len(COMPOSED) - len(gone)
+    receipt = store.remove(Selection(licenses=(pattern,)))
+    assert {row["id"] for row in receipt.content["documents"]} == {COMPOSED[number] for number in gone}
+
+
+def test_a_licence_allows_no_expression_that_needs_another(make_store, distinct):
+    """A document that may be used only under several licences is not allowed by one of them."""
+    licensed = [
+        replace(each, license=license, text=each.text[:200]) for each, license in zip(distinct, COMPOSED, strict=False)
+    ]
+    store = make_store("store", licensed)
+    views = [store.select(allow=Selection(licenses=(pattern,))) for pattern in ("MIT", "gpl-*", "*")]
+    assert [view.num_documents for view in views] == [2, 2, 4]
+
+
 @pytest.mark.parametrize(
     "selection",
     [
