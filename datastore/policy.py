@@ -7,13 +7,14 @@ It comes down to two selections, so that what may not be used enters no sum:
 from __future__ import annotations
 
 import glob
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from datastore.selection import Selection
+from datastore.selection import Licensed, Selection, suggestion
 from silo.errors import UsageError
-from silo.purposes import PURPOSES, permits
+from silo.purposes import PURPOSES, matches, permits, touches
 
 if TYPE_CHECKING:
     from datastore.snapshot import Snapshot
@@ -27,8 +28,7 @@ class QueryPolicy:
     """Documents that ``allow`` names (all, where nothing is given), that ``deny`` does not, and whose licences permit
     the purpose.
 
-    Licences are patterns, matched within SPDX expressions as :mod:`silo.purposes` says. A name that the store does not
-    have selects nothing.
+    Licences are patterns, matched within SPDX expressions as :mod:`silo.purposes` says.
     """
 
     allow: Selection | None = None
@@ -52,7 +52,16 @@ class QueryPolicy:
 
     def selections(self, store: Snapshot) -> dict[str, Selection | None]:
         """``allow`` and ``deny`` for :meth:`datastore.snapshot.Snapshot.select`, which denies those licences of the
-        store, too, that do not permit the purpose."""
+        store, too, that do not permit the purpose.
+
+        Raises:
+            UsageError: an owner, a source or a shard that is named is not in the store: a misspelt one must not pass.
+                Of a licence that no document has there is a warning alone, since a policy is written for many stores.
+        """
+        for way, named, licensed in (("allow", self.allow, matches), ("deny", self.deny, touches)):
+            if named is not None:
+                store.require_known(named)
+                _warn_of_unmatched(way, named.licenses, licensed, store)
         deny = self.deny
         if self.purpose is not None:
             deny = deny or Selection()
@@ -65,6 +74,14 @@ class QueryPolicy:
         named = {"allow": self.allow, "deny": self.deny}
         found: dict[str, Any] = {kind: each.request() for kind, each in named.items() if each is not None}
         return {**found, "purpose": self.purpose} if self.purpose else found
+
+
+def _warn_of_unmatched(way: str, patterns: Sequence[str], licensed: Licensed, store: Snapshot) -> None:
+    licenses = store.licenses() if patterns else []
+    for pattern in patterns:
+        if not any(licensed(each, pattern) for each in licenses):
+            told = suggestion(pattern, licenses)
+            warnings.warn(f"{way} {pattern!r} is of no licence that is in the store; {told}", stacklevel=4)
 
 
 def _selection(named: Named) -> Selection | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from datastore.shard import DocumentRow
@@ -88,5 +89,17 @@ class Selection:
                 else:
                     missing = name not in present[kind]
                 if missing:
-                    some = ", ".join(known()[kind][:5]) or "none"
-                    raise UsageError(f"no {KINDS[kind]} {name!r} is in the store; it has such as {some}")
+                    raise unknown(kind, name, known()[kind])
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> UsageError:
+    """The error for a name that a store does not have, of a kind of which it has others."""
+    return UsageError(f"no {KINDS[kind]} {name!r} is in the store; {suggestion(name, known)}")
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """The first few of some names, and those that someone may have meant who misspelt one."""
+    folded = {each.casefold(): each for each in reversed(known)}
+    like = [folded[each] for each in get_close_matches(name.casefold(), folded)]
+    some = f"it has such as {', '.join(known[:5]) or 'none'}"
+    return f"{some}; did you mean {' or '.join(map(repr, like))}?" if like else some

@@ -26,7 +26,7 @@ from datastore.group_texts import GroupTexts, id_hash
 from datastore.groups import KINDS, NGRAMS, PARTS, SEARCH, group_array, verify_group
 from datastore.keys import KeyGroup
 from datastore.manifest import Group, Manifest
-from datastore.selection import Licensed, Selection
+from datastore.selection import Licensed, Selection, unknown
 from datastore.shard import DocumentRow, DocumentRows, Shard, Texts, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import OfKind, Part, View
@@ -326,13 +326,28 @@ class Snapshot:
         selection.require_found(found, self._known)
         return found
 
+    def require_known(self, selection: Selection) -> None:
+        """Raise :class:`UsageError` if an owner, a source or a shard that is named is not in the store.
+
+        Of documents and licences a selection may name more than one store has.
+        """
+        for name in selection.owners:
+            rows = self.rows_of(name) if name in self.manifest.shards else []
+            if not any(row.owner == name for row in rows):
+                raise unknown("owners", name, self._known()["owners"])
+        for kind in ("sources", "shards"):
+            if named := getattr(selection, kind):
+                known = self._known()[kind]
+                for name in sorted(set(named) - set(known)):
+                    raise unknown(kind, name, known)
+
     def _known(self) -> dict[str, list[str]]:
         """Names that the store has, for people who misspelt one."""
         manifests = [self._shard_manifest(name) for name in sorted(self.manifest.shards)]
         first = self.rows_of(min(self.manifest.shards)) if self.manifest.shards else []
         return {
             "documents": [row.id for row in first],
-            "owners": sorted({manifest["owner"] for manifest in manifests}),
+            "owners": sorted({manifest["owner"] for manifest in manifests} - {""}),
             "shards": sorted(self.manifest.shards),
             **{kind: sorted({name for m in manifests for name in m[kind]}) for kind in ("sources", "licenses")},
         }

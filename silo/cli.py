@@ -15,7 +15,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -47,7 +48,8 @@ class LazyGroup(click.Group):
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")  # no name is lost because a terminal lacks a letter
         try:
-            status = super().main(*args, **{**extra, "standalone_mode": False})
+            with _warnings_of_one_line():
+                status = super().main(*args, **{**extra, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
@@ -153,6 +155,17 @@ def unsaid(error: OSError, value: Any) -> None:
     with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())  # Python writes what is left when it ends, and would fail anew
     fail(f"standard output: {error.strerror or error}{done}", 1)
+
+
+@contextlib.contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Let a warning be as long as an error is, without the line of code that it comes from."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def fail(message: str, exit_code: int) -> None:

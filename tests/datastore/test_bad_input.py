@@ -158,6 +158,7 @@ def test_missing_and_wrong_paths_are_wrong_use(store, jsonl, model_dir, tmp_path
         (("log", tmp_path / "other"), "other is not a store"),
         (("remove", tmp_path / "other", "--owner", "Ada"), "other is not a store"),
         (("remove", store, "--owner", "Adah"), "no owner 'Adah' is in the store"),
+        (("remove", store, "--owner", "aDA"), "such as Ada, Grace; did you mean 'Ada'?"),
         (("remove", store), "nothing to remove was named"),
         (("create", store, "--model", model_dir), "store is not empty; choose another directory"),
         (("create", good, "--model", model_dir), "input.jsonl is not empty"),

@@ -84,6 +84,28 @@ def test_policies_say_what_is_wrong():
         QueryPolicy.of(allow={"colour": ["red"]})
 
 
+@pytest.mark.parametrize("way", ["allow", "deny"])
+def test_a_misspelt_name_in_a_policy_is_refused(store, model, model_dir, tmp_path, way):
+    """An owner, a source or a shard that the store does not have is wrong use, and names like it are told."""
+    for kind, name, like in (("owners", "grace", "Grace"), ("sources", "Book", "books"), ("shards", "Marry", "Mary")):
+        with pytest.raises(UsageError, match=f"no {kind[:-1]} '{name}' is in the store; .* did you mean '{like}'"):
+            silo.load(model, store=store, weights=WEIGHTS, **{way: {kind: [like, name]}})
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({"knn": 0.3}))
+    options = ["--model", str(model_dir), "--store", str(store.path), "--weights", str(weights)]
+    done = run(PROMPT, *options, f"--{way}-owner", "Adda")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "did you mean 'Ada'?" in done.stderr
+
+
+def test_a_licence_that_no_document_has_is_told(store, model):
+    """A policy may name a licence that the store does not have, with a warning; of one that it has there is none."""
+    with pytest.warns(UserWarning, match=r"deny 'GPL-3.0-onyl' is of no licence .* did you mean 'GPL-3.0-only'"):
+        silo.load(model, store=store, weights=WEIGHTS, deny=["GPL-3.0-onyl", "*-NC-*"])
+    with warnings.catch_warnings(action="error"):
+        silo.load(model, store=store, weights=WEIGHTS, deny=["*-NC-*", "gpl-2*"], allow="CC0-*")
+
+
 def test_which_weights_count(store, model, tmp_path):
     """Weights come from a mapping, a file, or a gate; the methods that are used are those that are weighed."""
     assert silo.load(model).weighing.methods == ("lm",)

@@ -51,6 +51,20 @@ def assert_one_line(stdout: str, stderr: str, exit_code: int, expected: int, *pa
         assert str(part) in stderr
 
 
+def test_a_warning_is_one_line():
+    """What warns says so in one line on stderr, without the code that it comes from."""
+    program = (
+        "import click, warnings\n"
+        "from silo import cli\n"
+        "@click.command()\n"
+        "def command(): warnings.warn('a\\nb')\n"
+        "cli.COMMANDS['x'] = ('__main__:command', '')\n"
+        "cli.main(['x'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "warning: a b\n")
+
+
 def test_every_command_and_option_has_help():
     """No command, option or group lands without a word of help, and each help is a sentence or a phrase of its own."""
     names = []
