@@ -24,7 +24,7 @@ from datastore.codes import Codes
 from datastore.group_texts import GroupTexts, cut_texts, write_texts
 from datastore.shard import DocumentRow, Shard
 from silo.errors import IntegrityError
-from silo.files import load_array, write_array
+from silo.files import load_array, not_whole, write_array
 
 GATHERED_BYTES = 1 << 28
 """Codes that are in memory at a time while lists are written."""
@@ -213,6 +213,9 @@ def _map_lists(path: Path, sizes: np.ndarray) -> tuple[int, Lists]:
     """Bytes a code, and lists of given sizes (lists,) that were written into a file."""
     capacity = _capacity(sizes)
     keys, firsts = int(capacity.sum()), _before(capacity)
+    size = path.stat().st_size
+    if size % max(1, keys) or size < keys * (_ROW_BYTES + 1):
+        raise not_whole(path, f"{size} bytes are not those of {keys} keys")
     file = np.asarray(np.memmap(path, mode="r")) if keys else np.zeros(0, np.uint8)
     width = len(file) // keys - _ROW_BYTES if keys else 0
     codes = firsts * (width + _ROW_BYTES)

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import threading
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,15 +149,34 @@ _PARSING = threading.Lock()
 collector, Python 3.11 fails now and then (``SystemError: AST constructor recursion depth mismatch``)."""
 
 
-def load_array(source: Path | BinaryIO, *, mapped: bool = False) -> np.ndarray:
-    """Read an ``.npy`` array, or map it; by any thread, and unchecked."""
-    with _PARSING:
-        return np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
+def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """Read an ``.npy`` array, or map it; by any thread, and unchecked. Raises :class:`IntegrityError` if it is none, or
+    not a whole one."""
+    return _loaded(path, path, mapped=mapped)
+
+
+def _loaded(source: Path | BinaryIO, path: Path, *, mapped: bool = False) -> np.ndarray:
+    try:
+        with _PARSING:
+            found = np.load(source, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # whatever stumbles over a cut head
+        raise not_whole(path, str(error)) from None
+    if not isinstance(found, np.ndarray):
+        raise not_whole(path, f"it holds a {type(found).__name__}")
+    return found
+
+
+def not_whole(path: Path, how: str) -> IntegrityError:
+    """The error for a file of numbers that was cut or is no such file, found before its checksum was looked at."""
+    return IntegrityError(
+        f"{path} is damaged: it is no whole array ({how}); restore it from a backup, or rebuild what holds it: of a "
+        "store's search structures `silo datastore verify --repair` does"
+    )
 
 
 def read_array(path: Path, expected: str) -> np.ndarray:
     """Read an ``.npy`` array whose SHA-256 is known. Raises :class:`IntegrityError` as :func:`read_checked` does."""
-    return load_array(io.BytesIO(read_checked(path, expected)))
+    return _loaded(io.BytesIO(read_checked(path, expected)), path)
 
 
 def map_array(path: Path, expected: str) -> np.ndarray:

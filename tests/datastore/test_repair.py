@@ -6,9 +6,10 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from datastore import groups
+from datastore import groups, snapshot
 from datastore.store import Store
 from silo.cli import main
+from silo.errors import IntegrityError
 
 
 def run(*arguments):
@@ -85,3 +86,21 @@ def test_nothing_is_built_of_a_damaged_shard(store, kind, bytes_of):
     assert found.exit_code == 1
     assert f"{tokens} is damaged" in found.stderr
     assert bytes_of(store.path) == before
+
+
+@pytest.mark.parametrize("left", [0, 50, -8])
+def test_a_file_that_was_cut_is_named_where_nothing_is_checked(store, monkeypatch, left):
+    """In a store that is too large to be checked when it is opened, each array and the lists, cut or empty, are an
+    error of one kind that names the file and the way to build it anew."""
+    monkeypatch.setattr(snapshot, "CHECKED_BYTES", 0)
+    directories = [store.path / kind / store.groups_of(kind)[0].directory for kind in groups.KINDS]
+    files = [path for directory in directories for path in directory.rglob("*.npy") if path.parent.name != "sketches"]
+    for path in [*files, directories[0] / "keys" / "lists.bin"]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:left])
+        opened = Store.open(store.path)
+        use = opened.ngrams if directories[1] in path.parents else opened.neighbours
+        with pytest.raises(IntegrityError, match=r"verify --repair") as caught:
+            use()
+        assert str(path) in str(caught.value)
+        path.write_bytes(whole)
