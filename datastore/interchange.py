@@ -15,16 +15,15 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from datastore.admission import FILES, INDEX, Fitting, read_fitting, read_index
 from datastore.integrity import read_sealed, sealed
 from datastore.manifest import Manifest, ShardEntry
-from datastore.shard import ARRAYS, Shard
+from datastore.shard import Shard
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
 from silo.files import written_whole
 
 FORMAT = 1
 ABOUT = "export.json"
-INDEX = "shard.json"
-FILES = {INDEX, "documents.jsonl", *(f"{name}.npy" for name in ARRAYS)}
 
 
 def write_export(directory: Path, entry: ShardEntry, name: str, file: Path, manifest: Manifest) -> None:
@@ -61,29 +60,32 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     return member
 
 
-def read_export(file: Path, directory: Path, manifest: Manifest) -> Shard:
+def read_export(file: Path, directory: Path, manifest: Manifest, fitting: Fitting) -> Shard:
     """Unpack an exported shard into an empty directory and map it, every byte checked.
 
     Args:
         file: what :func:`write_export` wrote.
         directory: an empty one.
         manifest: of the store that takes it in.
+        fitting: what this store asks of a shard.
 
     Raises:
         UsageError: there is no such file.
-        DataError: it is no exported shard, or not a whole one.
+        DataError: it is no exported shard, or not a whole one, or none that the store could have.
         StoreError: it is of another model or control plane, or its keys are made in another way.
         IntegrityError: it is damaged.
     """
     about = _unpack(file, directory)
-    shard = Shard.read(directory, str(about["hash"]))
-    made_by = json.loads((directory / INDEX).read_bytes())
-    if (made_by["model"], made_by["control"]) != (manifest.model["fingerprint"], manifest.control):
-        raise StoreError(f"{file} was exported by a store of another model or control plane; encode its text anew")
-    other = manifest.other_keys(about["key_spec"]) if "key_spec" in about else ""  # earlier exports do not say it
-    if other:
-        raise StoreError(f"{file} holds other keys of the store's model, made with {other}; encode its text anew")
-    return shard
+    try:
+        made_by = read_index(directory, about["hash"])
+        if (made_by["model"], made_by["control"]) != (manifest.model["fingerprint"], manifest.control):
+            raise StoreError(f"{file} was exported by a store of another model or control plane; encode its text anew")
+        other = manifest.other_keys(about["key_spec"]) if "key_spec" in about else ""  # earlier exports do not say it
+        if other:
+            raise StoreError(f"{file} holds other keys of the store's model, made with {other}; encode its text anew")
+        return read_fitting(directory, about["shard"], about["hash"], fitting)
+    except (DataError, IntegrityError) as error:
+        raise type(error)(f"{file} holds no shard that a store could have: {error}; export it again") from None
 
 
 def _unpack(file: Path, directory: Path) -> dict[str, Any]:
@@ -108,12 +110,21 @@ def _about(path: Path) -> dict[str, Any]:
     """What an archive says of itself."""
     try:
         about = read_sealed(path)
-    except IntegrityError:
+    except (IntegrityError, ValueError):
         raise tarfile.TarError(f"its {ABOUT} is damaged") from None
-    if about["format"] != FORMAT:
-        raise tarfile.TarError(f"it has format {about['format']}, this version reads {FORMAT}")
-    if not set(about["files"]) <= FILES:  # so that no name leads out of the directory
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise tarfile.TarError(f"it is not of format {FORMAT}, which this version reads")
+    files = about["files"]
+    if not isinstance(files, list) or not all(
+        isinstance(each, str) and each in FILES for each in files
+    ):  # so that no name leads elsewhere
         raise tarfile.TarError("it names files that no shard has")
+    if set(files) != FILES:
+        raise tarfile.TarError(f"it lacks {', '.join(sorted(FILES - set(files)))}")
+    if not all(isinstance(about[name], str) for name in ("shard", "hash")):
+        raise tarfile.TarError("it does not say which shard it holds")
+    if not isinstance(about.get("key_spec", {}), dict):
+        raise tarfile.TarError("it does not say how its keys are made")
     return about
 
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from datastore import history
 from datastore import shard as shards_on_disk
+from datastore.admission import Fitting
 from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
@@ -27,12 +28,12 @@ from datastore.groups import KINDS, NGRAMS, PARTS, SEARCH, group_array, verify_g
 from datastore.keys import KeyGroup
 from datastore.manifest import Group, Manifest
 from datastore.selection import Licensed, Selection, unknown
-from datastore.shard import DocumentRow, DocumentRows, Shard, Texts, shard_name
+from datastore.shard import TOKEN_TYPES, DocumentRow, DocumentRows, Shard, Texts, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import OfKind, Part, View
 from silo.documents import Document
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
-from silo.files import read_checked
+from silo.files import load_array, read_checked
 from silo.purposes import matches, touches
 from silo.retrieval import PROBES, Metric
 
@@ -82,6 +83,16 @@ class Snapshot:
         entry = self.manifest.shards[name]
         with self._as_opened():
             return Shard.read(self.path / "shards" / entry.directory, entry.hash)
+
+    def fitting(self) -> Fitting:
+        """What a shard that comes from elsewhere must be to be one of the store's."""
+        types = TOKEN_TYPES
+        if self.manifest.shards:
+            some = self._shard_directory(min(self.manifest.shards))
+            types = (load_array(some / "tokens.npy", mapped=True).dtype.type,)
+        tokens = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+        kinds = [np.dtype(each) for each in types if tokens <= 1 << 8 * np.dtype(each).itemsize]
+        return Fitting(kinds, tokens, len(self.control.centroids), self.control.codes.size)
 
     def read_texts(self, name: str) -> Texts:
         """Read what a live shard has besides keys, every byte of it checked."""

@@ -207,7 +207,7 @@ class Store(Snapshot):
         with self._writing():
             directory = self.path / "shards" / ".import"  # which the next writer collects
             directory.mkdir()
-            shard = read_export(file, directory, self.manifest)
+            shard = read_export(file, directory, self.manifest, self.fitting())
             self.require_addable(shard.rows, advice="remove it first: a shard is imported as a whole")
             return self._insert(shard.documents(), key)
 

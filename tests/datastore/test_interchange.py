@@ -6,6 +6,7 @@ import json
 import tarfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -14,6 +15,7 @@ from datastore.integrity import sealed
 from datastore.store import Selection, Store
 from silo.cli import main
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
+from silo.files import canonical_json, sha256
 
 
 @pytest.fixture
@@ -93,6 +95,85 @@ def test_archive_cannot_write_elsewhere(make_store, tmp_path):
     with pytest.raises(DataError, match="names files that no shard has"):
         make_store("to", []).take_in(path)
     assert not list(tmp_path.rglob("evil.txt"))
+
+
+def no_array(array):
+    """What says that it is an array, and is none."""
+    return b"nothing"
+
+
+CRAFTED = {
+    "wider tokens": ("tokens.npy", lambda array: array.astype(np.uint32)),
+    "unknown tokens": ("tokens.npy", lambda array: array + np.uint16(60_000)),
+    "fewer tokens": ("tokens.npy", lambda array: array[:-1]),
+    "no array": ("tokens.npy", no_array),
+    "lists that there are not": ("lists.npy", lambda array: array + np.int32(1 << 20)),
+    "negative lists": ("lists.npy", lambda array: array - np.int32(1 << 20)),
+    "wider lists": ("lists.npy", lambda array: array.astype(np.int64)),
+    "narrower codes": ("codes.npy", lambda array: np.ascontiguousarray(array[:, :-1])),
+    "codes as numbers": ("codes.npy", lambda array: array.astype(np.float32)),
+    "flat codes": ("codes.npy", lambda array: array.ravel()),
+    "fewer codes": ("codes.npy", lambda array: array[:-1]),
+    "an owner that is a number": ("documents.jsonl", lambda rows: [{**row, "owner": 3} for row in rows]),
+    "another's documents": ("documents.jsonl", lambda rows: [{**rows[0], "owner": "Grace"}, *rows[1:]]),
+    "a field too many": ("documents.jsonl", lambda rows: [{**row, "more": 1} for row in rows]),
+    "a field too few": ("documents.jsonl", lambda rows: [{"id": row["id"]} for row in rows]),
+    "no object": ("documents.jsonl", lambda rows: [1, *rows]),
+    "no documents": ("documents.jsonl", lambda rows: []),
+    "documents beyond the tokens": (
+        "documents.jsonl",
+        lambda rows: [*rows[:-1], {**rows[-1], "end": rows[-1]["end"] + 100}],
+    ),
+    "documents that overlap": ("documents.jsonl", lambda rows: [{**row, "begin": 0} for row in rows]),
+    "a document twice": ("documents.jsonl", lambda rows: [rows[0], *rows]),
+    "documents with fewer keys": ("documents.jsonl", lambda rows: [{**rows[0], "keyed": False}, *rows[1:]]),
+    "a file without its checksum": (None, lambda index, about: index["files"].pop("codes.npy")),
+    "no checksums": (None, lambda index, about: index.pop("files")),
+    "no model": (None, lambda index, about: index.pop("model")),
+    "a file too few": (None, lambda index, about: about["files"].remove("codes.npy")),
+    "files that are none": (None, lambda index, about: about.update(files=[["shard.json"]])),
+    "a number for a shard": (None, lambda index, about: about.update(shard=3)),
+    "a list for a key spec": (None, lambda index, about: about.update(key_spec=[])),
+}
+"""What was changed → in which file, and how; None for what says which files there are."""
+
+
+def crafted(source, target, name, change):
+    """An export with one file changed and every checksum made good."""
+    with tarfile.open(source) as archive:
+        files = {member.name: archive.extractfile(member).read() for member in archive}
+    about, index = json.loads(files["export.json"])["content"], json.loads(files["shard.json"])
+    if name is None:
+        change(index, about)
+    elif name == "documents.jsonl":
+        rows = change([json.loads(line) for line in files[name].splitlines()])
+        files[name] = b"".join(map(canonical_json, rows))
+    else:
+        changed, buffer = change(np.load(io.BytesIO(files[name]))), io.BytesIO()
+        np.save(buffer, changed) if isinstance(changed, np.ndarray) else buffer.write(changed)
+        files[name] = buffer.getvalue()
+    if name is not None:
+        index["files"][name] = sha256(files[name])
+    files["shard.json"] = canonical_json(index)
+    files["export.json"] = sealed({**about, "hash": sha256(files["shard.json"])})
+    with tarfile.open(target, "w") as archive:
+        for member, data in files.items():
+            entry = tarfile.TarInfo(member)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(("name", "change"), CRAFTED.values(), ids=CRAFTED)
+def test_a_shard_that_no_store_wrote_is_refused(exported, make_store, few, tmp_path, bytes_of, name, change):
+    """A sealed file whose content is not a shard's, or not such as the store has, is one line, and the store as it
+    was."""
+    store = make_store("to", [document for document in few if document.owner == "Mary"][:1])
+    before = bytes_of(store.path)
+    crafted(exported[1], tmp_path / "bad", name, change)
+    run = CliRunner().invoke(main, ["datastore", "import", str(store.path), str(tmp_path / "bad")])
+    assert (run.exit_code, run.stderr.count("\n")) == (1, 1)
+    assert run.stderr.startswith(f"error: {tmp_path / 'bad'}")
+    assert bytes_of(store.path) == before
 
 
 def test_shard_of_another_control_plane_is_refused(exported, model, model_dir, tmp_path):

@@ -1,0 +1,127 @@
+"""What an exported shard must be for a store to take it in.
+
+Checksums say that a file is what was written, not that whoever wrote it was a store. So everything that later reading
+relies on is looked at before a byte is committed: one shard that is not what it seems would spoil its whole group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datastore.shard import ARRAYS, DocumentRow, Shard, shard_name
+from silo.errors import DataError
+from silo.files import read_checked
+
+INDEX = "shard.json"
+FILES = {INDEX, "documents.jsonl", *(f"{name}.npy" for name in ARRAYS)}
+_TYPES = {"begin": int, "end": int, "keyed": bool}
+"""Of the fields of a row that are no strings."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a store asks of the arrays of its shards."""
+
+    token_types: Sequence[np.dtype]
+    """One of which tokens have."""
+    tokens: int
+    """What every token is below."""
+    lists: int
+    """How many inverted lists there are."""
+    code_bytes: int
+    """Width of a code."""
+
+
+def read_index(directory: Path, expected_hash: str) -> dict[str, Any]:
+    """What ``shard.json`` of a shard that was unpacked says, checked against its hash.
+
+    Raises:
+        IntegrityError: it is not what the hash says.
+        DataError: it does not say what a shard's does.
+    """
+    index = _parsed(read_checked(directory / INDEX, expected_hash), INDEX)
+    _require({"files", "model", "control"} <= index.keys(), f"{INDEX} does not say of which model it is")
+    files = index["files"]
+    listed = isinstance(files, dict) and files.keys() == FILES - {INDEX}
+    _require(listed and all(isinstance(each, str) for each in files.values()), f"{INDEX} does not list its files")
+    return index
+
+
+def read_fitting(directory: Path, name: str, expected_hash: str, fitting: Fitting) -> Shard:
+    """Map a shard that was unpacked, every byte checked.
+
+    Args:
+        directory: where it is.
+        name: the shard's.
+        expected_hash: likewise.
+        fitting: what the store asks.
+
+    Raises:
+        IntegrityError: a file is not what its checksum says.
+        DataError: the shard is not such as a store writes, or not such as this store has.
+    """
+    digest = read_index(directory, expected_hash)["files"]["documents.jsonl"]
+    lines = enumerate(read_checked(directory / "documents.jsonl", digest).splitlines(), start=1)
+    _require_rows([_parsed(line, f"line {number} of its documents") for number, line in lines])
+    shard = Shard.read(directory, expected_hash)
+    _require_documents(shard.rows, name)
+    _require_arrays(shard, fitting)
+    return shard
+
+
+def _require(holds: bool, wrong: str) -> None:
+    if not holds:
+        raise DataError(wrong)
+
+
+def _parsed(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    _require(isinstance(found, dict), f"{what} is no JSON object")
+    return dict(found)
+
+
+def _require_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Check the fields of rows and their types."""
+    names = {each.name for each in fields(DocumentRow)}
+    _require(bool(rows), "it has no documents")
+    for number, row in enumerate(rows, start=1):
+        whole = row.keys() | {"keyed"} == names
+        typed = whole and all(type(value) is _TYPES.get(name, str) for name, value in row.items())
+        _require(typed, f"the fields of its document {number} are not those of a document")
+
+
+def _require_documents(rows: Sequence[DocumentRow], shard: str) -> None:
+    """Check that documents of one shard lie end to end in the order of their ids."""
+    _require(all(shard_name(row) == shard for row in rows), f"not all its documents are of the shard {shard!r}")
+    begins = [0, *(row.end for row in rows)]
+    end_to_end = all(row.begin == begin < row.end for row, begin in zip(rows, begins, strict=False))
+    in_order = all(one.id < other.id for one, other in itertools.pairwise(rows))
+    _require(end_to_end and in_order, "its documents do not lie end to end in the order of their ids")
+
+
+def _require_arrays(shard: Shard, fitting: Fitting) -> None:
+    """Check types, shapes and ranges of what a shard's documents point into."""
+    keys = sum(row.keys for row in shard.rows)
+    kinds = " or ".join(str(each) for each in fitting.token_types)
+    _require(shard.tokens.dtype in fitting.token_types, f"its tokens are of type {shard.tokens.dtype}, not {kinds}")
+    wanted = {
+        "tokens": (shard.tokens.dtype, (shard.rows[-1].end,), fitting.tokens),
+        "lists": (np.dtype(np.int32), (keys,), fitting.lists),
+        "codes": (np.dtype(np.uint8), (keys, fitting.code_bytes), 1 << 8),
+    }
+    for name, (dtype, shape, bound) in wanted.items():
+        array = getattr(shard, name)
+        told = f"its {name} are {array.dtype} of shape {array.shape}, not {dtype} of shape {shape}"
+        _require((array.dtype, array.shape) == (dtype, shape), told)
+        within = name == "codes" or not array.size or (int(array.min()) >= 0 and int(array.max()) < bound)
+        _require(within, f"its {name} are not all from 0 to {bound - 1}, as the store has them")
