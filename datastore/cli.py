@@ -166,21 +166,27 @@ def remove(
     opened = Store.open(store)
     selection: Selection = Selection(**names)
     if dry_run:
-        going = opened.affected(selection)
-        alike = [] if no_duplicates else opened.near_duplicates(going)
+        going, lost = opened.affected(selection), opened.unreadable(selection)
+        damaged = set(lost)
+        alike = [] if no_duplicates else opened.near_duplicates(going, damaged)
+        told = {"not_compared": sorted(damaged)} if damaged and not no_duplicates else {}
         return {
             "store": str(store),
             "would_remove": [row.id for _, row in going],
             "documents": len(going),
             "tokens": sum(row.end - row.begin for _, row in going),
             "near_duplicates": [row["id"] for row in alike],
+            **told,
+            **({"unreadable_shards": lost} if lost else {}),
         }
     wanted: Any = "ignore" if no_duplicates else "remove" if with_duplicates else "report"
     receipt = opened.remove(selection, reason=reason, duplicates=wanted, key=signing)
     alike = receipt.content.get("near_duplicates", [])
     left = [] if with_duplicates else [row["id"] for row in alike]
     outside: dict[str, Any] = {
-        name: receipt.content[name] for name in ("exports", "weights_to_fit_again") if name in receipt.content
+        name: receipt.content[name]
+        for name in ("exports", "weights_to_fit_again", "not_compared", "unreadable_shards")
+        if name in receipt.content
     }
     return {**change(opened.path, receipt.path, receipt.content), "near_duplicates_left": left, **outside}
 

@@ -7,6 +7,7 @@ equal receipts. The log adds the time, and each of its lines holds the hash of t
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -168,16 +169,16 @@ def _some(names: list[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def out_of_reach(log: Path, receipts: Path, ids: set[str]) -> dict[str, list[str]]:
-    """What a removal of some documents does not reach, if there is any: the receipts of ``exports`` that held one of
-    them, and files of weights that were fitted with the store."""
+def out_of_reach(log: Path, receipts: Path, ids: set[str], shards: Collection[str] = ()) -> dict[str, list[str]]:
+    """What a removal of some documents, and of whole shards, does not reach, if there is any: the receipts of
+    ``exports`` that held one of them, and files of weights that were fitted with the store."""
     found: dict[str, set[str]] = {"exports": set(), "weights_to_fit_again": set()}
     for line in read(log):
         if line["operation"] in ("export", "fit"):
             content = load(receipts / line["receipt"], line["receipt_sha256"]).content
             if line["operation"] == "fit":
                 found["weights_to_fit_again"].add(content["weights"]["file"])
-            elif not ids.isdisjoint(row["id"] for row in content["documents"]):
+            elif any(row["id"] in ids or row["shard"] in shards for row in content["documents"]):
                 found["exports"].add(line["receipt"])
     return {name: sorted(each) for name, each in found.items() if each}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from datastore.groups import (
 from datastore.manifest import Group, ShardEntry
 from datastore.shard import Shard
 from datastore.snapshot import Snapshot
+from silo.errors import IntegrityError
 from silo.files import canonical_json, publish, sha256, staging
 
 
@@ -87,15 +88,23 @@ class Change:
 
     def _around(self, kind: str, names: Sequence[str]) -> Whole | None:
         """The group of a kind that has all documents of some shards, as they are after the change, and more; unless it
-        is damaged or there is none."""
+        is damaged, or a shard is that goes, or there is none."""
         for group in self.store.groups_of(kind):
             if set(names) <= set(group.shards):
                 kept = np.concatenate([self._kept(name, name in names) for name in group.shards])
                 after = sum(self.entries[name].documents for name in names)
-                if kept.sum() == after < len(kept) and self.store.is_sound(kind, group):
+                gone = set(group.shards) - set(names)
+                if kept.sum() == after < len(kept) and self.store.is_sound(kind, group) and self._can_be_named(gone):
                     directory = self.store.path / kind / group.directory
                     return Whole(directory, group.first_row, self.store.document_rows(group), kept)
         return None
+
+    def _can_be_named(self, shards: Iterable[str]) -> bool:
+        """Whether it can be read which documents some shards have, as one must know to cut them out."""
+        try:
+            return all(self.store.rows_of(name) for name in shards)
+        except IntegrityError:
+            return False
 
     def _kept(self, name: str, stays: bool) -> np.ndarray:
         """Which documents of a shard are in what it becomes if it stays, (documents,) bool; of one that is not written,

@@ -63,13 +63,17 @@ class Selection:
         return {kind: sorted(names) for kind, names in asdict(self).items() if names}
 
     def require_found(
-        self, found: Iterable[tuple[str, DocumentRow]], known: Callable[[], dict[str, list[str]]]
+        self,
+        found: Iterable[tuple[str, DocumentRow]],
+        known: Callable[[], dict[str, list[str]]],
+        lost: Iterable[str] = (),
     ) -> None:
         """Raise :class:`UsageError` if anything named was not found: a misspelt takedown must not pass.
 
         Args:
             found: the documents that were found, with their shards.
             known: gives for each kind some names that the store does have, to tell in the error.
+            lost: shards that are there, and whose documents cannot be read.
         """
         if not self.request():
             options = ", ".join(f"--{name}" for name in KINDS.values())
@@ -79,7 +83,7 @@ class Selection:
             "documents": {row.id for _, row in seen},
             "owners": {row.owner for _, row in seen},
             "sources": {row.source for _, row in seen},
-            "shards": {shard for shard, _ in seen},
+            "shards": {*lost, *(shard for shard, _ in seen)},
         }
         licenses = {row.license for _, row in seen}
         for kind, names in asdict(self).items():

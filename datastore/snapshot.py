@@ -321,7 +321,7 @@ class Snapshot:
         return found
 
     def affected(self, selection: Selection) -> list[tuple[str, DocumentRow]]:
-        """The documents that a selection holds, with their shards, sorted.
+        """The documents that a selection holds, with their shards, sorted; of :meth:`unreadable` shards none.
 
         Shards that cannot hold any by what their manifest says are not read.
 
@@ -333,9 +333,24 @@ class Snapshot:
         if selection.sources or selection.licenses:
             rest = self.manifest.shards.keys() - concerned
             concerned |= {name for name in rest if selection.may_concern(self._shard_manifest(name))}
-        found = [(name, row) for name in sorted(concerned) for row in self.rows_of(name) if selection.holds(name, row)]
-        selection.require_found(found, self._known)
+        lost = self.unreadable(selection)
+        found = []
+        for name in sorted(concerned.difference(lost)):
+            try:
+                found += [(name, row) for row in self.rows_of(name) if selection.holds(name, row)]
+            except IntegrityError as error:
+                raise IntegrityError(f"{error}; `silo datastore remove --shard {name!r}` removes all of it") from None
+        selection.require_found(found, self._known, lost)
         return found
+
+    def unreadable(self, selection: Selection) -> list[str]:
+        """Of the shards that a selection names as a whole, those of whose documents nothing can be read: they can be
+        removed all the same."""
+        damaged: set[str] = set()
+        for name in self.manifest.shards.keys() & set(selection.shards):
+            with _noting(name, damaged):
+                self.rows_of(name)
+        return sorted(damaged)
 
     def require_known(self, selection: Selection) -> None:
         """Raise :class:`UsageError` if an owner, a source or a shard that is named is not in the store.
@@ -363,24 +378,34 @@ class Snapshot:
             **{kind: sorted({name for m in manifests for name in m[kind]}) for kind in ("sources", "licenses")},
         }
 
-    def near_duplicates(self, documents: Sequence[tuple[str, DocumentRow]]) -> list[dict[str, Any]]:
+    def near_duplicates(
+        self, documents: Sequence[tuple[str, DocumentRow]], damaged: set[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Other documents of the store that hold half of the text of one of some documents, or are half held by one.
 
         Found by their sketches, confirmed on their texts. One row each: what it is like most, and how much.
+
+        A shard that is damaged is named in ``damaged`` and passed over, or where that is not given an error.
         """
         own = {row.id for _, row in documents}
-        texts = [each for name in sorted({name for name, _ in documents}) for each in self._texts(name, own)]
+        texts: list[tuple[str, str]] = []
+        for name in sorted({name for name, _ in documents}):
+            with _noting(name, damaged):
+                texts += self._texts(name, own)
         wanted, whole = [sample(text) for _, text in texts], [every_shingle(text) for _, text in texts]
         found = []
-        for shard, asked in self._alike(wanted, own).items():
-            for id, text in self._texts(shard, set(asked)):
-                theirs = every_shingle(text)
-                share, of = max((containment(whole[which], theirs), texts[which][0]) for which in asked[id])
-                if share >= ALIKE:
-                    found.append({"id": id, "shard": shard, "of": of, "share": round(share, 4)})
+        for shard, asked in self._alike(wanted, own, damaged).items():
+            with _noting(shard, damaged):
+                for id, text in self._texts(shard, set(asked)):
+                    theirs = every_shingle(text)
+                    share, of = max((containment(whole[which], theirs), texts[which][0]) for which in asked[id])
+                    if share >= ALIKE:
+                        found.append({"id": id, "shard": shard, "of": of, "share": round(share, 4)})
         return sorted(found, key=lambda row: str(row["id"]))
 
-    def _alike(self, wanted: Sequence[np.ndarray], own: set[str]) -> dict[str, dict[str, list[int]]]:
+    def _alike(
+        self, wanted: Sequence[np.ndarray], own: set[str], damaged: set[str] | None
+    ) -> dict[str, dict[str, list[int]]]:
         """Shard → document → which of some sketches it may be like, apart from the documents of these sketches."""
         found: dict[str, dict[str, list[int]]] = {}
         for group in self.manifest.groups:
@@ -388,8 +413,10 @@ class Snapshot:
             with self._as_opened():
                 hashes, documents = (group_array(directory, f"sketches/{name}.npy") for name in ("hashes", "documents"))
             for number, which in sorted(candidates(hashes, documents, wanted).items()):
-                if (id := rows(number).id) not in own:
-                    found.setdefault(group.shards[rows.shard_of(number)], {})[id] = which
+                shard = group.shards[rows.shard_of(number)]
+                with _noting(shard, damaged):
+                    if (id := rows(number).id) not in own:
+                        found.setdefault(shard, {})[id] = which
         return found
 
     def _texts(self, name: str, ids: set[str]) -> list[tuple[str, str]]:
@@ -452,6 +479,17 @@ class Snapshot:
     def log(self) -> list[dict[str, Any]]:
         """What was added and removed, and when."""
         return history.read(self.path / "log.jsonl")
+
+
+@contextlib.contextmanager
+def _noting(shard: str, damaged: set[str] | None) -> Iterator[None]:
+    """Note a shard that turns out to be damaged, if it is asked for, and go on."""
+    try:
+        yield
+    except IntegrityError:
+        if damaged is None:
+            raise
+        damaged.add(shard)
 
 
 def _exceed(limit: int, files: Iterable[Path]) -> bool:

@@ -260,6 +260,9 @@ class Store(Snapshot):
         call of the model, and equals the shard that never held them. What an unfinished add has encoded goes first,
         whoever's it is; if what is named is nowhere in the store, it goes if it may hold that.
 
+        A damaged shard can be removed as a whole. Its text is not compared with others', as the receipt says; if its
+        documents cannot be read either, it must be named as a shard, and the receipt has its hash in their place.
+
         Args:
             selection: which documents.
             reason: why, for receipt and log.
@@ -273,14 +276,15 @@ class Store(Snapshot):
         with self._writing():
             if not spooled.lacks(self._spool, selection.holds, code_bytes=self.control.codes.size):
                 remove_tree(self._spool)
-            going = self.affected(selection)
+            going, lost = self.affected(selection), self.unreadable(selection)
             remove_tree(self._spool)
-            alike = self.near_duplicates(going) if duplicates != "ignore" else []
+            damaged = set(lost)
+            alike = self.near_duplicates(going, damaged) if duplicates != "ignore" else []
             if duplicates == "remove" and alike:
                 also = tuple(str(row["id"]) for row in alike)
                 going += self._locate(also).values()
             ids = {row.id for _, row in going}
-            changed: dict[str, list[Encoded] | None] = {}
+            changed: dict[str, list[Encoded] | None] = dict.fromkeys(lost)
             leaving = Counter(name for name, _ in going)
             for name in sorted(leaving):
                 whole = leaving[name] == self.manifest.shards[name].documents
@@ -289,10 +293,17 @@ class Store(Snapshot):
                 )
                 changed[name] = staying or None
             told: dict[str, Any] = {"near_duplicates": alike} if duplicates != "ignore" else {}
-            told |= history.out_of_reach(self.path / "log.jsonl", self.path / "receipts", ids)
+            told |= {"not_compared": sorted(damaged)} if damaged and duplicates != "ignore" else {}
+            told |= {"unreadable_shards": [self._identity(name) for name in lost]} if lost else {}
+            told |= history.out_of_reach(self.path / "log.jsonl", self.path / "receipts", ids, lost)
             return self._commit(
                 changed, "remove", going, request=selection.request(), reason=reason, told=told, key=key
             )
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        """What the manifest knows of a shard."""
+        entry = self.manifest.shards[name]
+        return {"shard": name, "hash": entry.hash, "documents": entry.documents, "tokens": entry.tokens}
 
     @property
     def _spool(self) -> Path:

@@ -195,6 +195,64 @@ def test_the_command_names_them_before_and_after(make_store, copies):
     assert said("remove", store.path, "--document", "Ada/0")["near_duplicates_left"] == ["Mary/copy"]
 
 
+# --- what is damaged --------------------------------------------------------------------------------------------------
+
+
+def damage(store, shard, name):
+    """Change a bit of a shard's file."""
+    path = store.path / "shards" / store.manifest.shards[shard].directory / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "codes.npy"])
+def test_a_damaged_shard_can_be_removed(make_store, copies, tmp_path, name):
+    """By its owner, with near-duplicates asked for: they are not looked for, result and receipt say so, and the store
+    is the one without the owner."""
+    store = make_store("store", copies)
+    damage(store, "Ada", name)
+    assert said("remove", store.path, "--owner", "Ada", "--dry-run")["not_compared"] == ["Ada"]
+    result = said("remove", store.path, "--owner", "Ada")
+    assert (result["not_compared"], result["near_duplicates_left"]) == (["Ada"], [])
+    assert json.loads(Path(result["receipt"]).read_bytes())["not_compared"] == ["Ada"]
+    assert said("verify", store.path, "--deep")["verified"]
+    assert result["hash"] == make_store("fresh", [each for each in copies if each.owner != "Ada"]).hash
+
+
+def test_another_damaged_shard_is_not_compared(make_store, copies):
+    """A removal from a sound shard does not fail because a near-duplicate lies in a damaged one."""
+    store = make_store("store", copies)
+    damage(store, "Mary", "tokens.npy")
+    receipt = store.remove(Selection(documents=("Ada/0",)), duplicates="report")
+    assert (receipt.content["near_duplicates"], receipt.content["not_compared"]) == ([], ["Mary"])
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "shard.json"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_shard_whose_documents_cannot_be_read_is_removed_by_its_name(
+    make_store, distinct, tmp_path, monkeypatch, name, alone
+):
+    """The receipt has the hash that the store knew it by, and names its exports; by owner, it is told how it goes."""
+    monkeypatch.setattr(groups, "GROUP_TOKENS", 1 if alone else groups.GROUP_TOKENS)
+    store = make_store("store", distinct)
+    store.export("Ada", tmp_path / "ada.shard")
+    entry = store.manifest.shards["Ada"]
+    damage(store, "Ada", name)
+    refused = run("remove", store.path, "--owner", "Ada")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert f"{name} is damaged" in refused.stderr
+    assert "remove --shard 'Ada'` removes all of it" in refused.stderr
+    assert said("remove", store.path, "--shard", "Ada", "--dry-run")["unreadable_shards"] == ["Ada"]
+    result = said("remove", store.path, "--shard", "Ada", "--document", "Grace/0")
+    lost = [{"shard": "Ada", "hash": entry.hash, "documents": entry.documents, "tokens": entry.tokens}]
+    assert json.loads(Path(result["receipt"]).read_bytes())["unreadable_shards"] == lost == result["unreadable_shards"]
+    assert (result["exports"], result["not_compared"]) == (["000002-export.json"], ["Ada"])
+    assert said("verify", store.path, "--deep")["verified"]
+    rest = [each for each in distinct if each.owner != "Ada" and each.id != "Grace/0"]
+    assert result["hash"] == make_store("fresh", rest).hash
+
+
 # --- receipts ---------------------------------------------------------------------------------------------------------
 
 
