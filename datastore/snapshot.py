@@ -156,7 +156,7 @@ class Snapshot:
         shards: dict[str, str] = {}
         for document in documents:
             if document.id in shards:
-                raise DataError(f"document {document.id!r} comes twice; ids are unique, also between files")
+                raise _comes_twice(document.id)
             if not shard_name(document):
                 raise DataError(f"document {document.id!r} has neither owner nor source; name who may remove it")
             shards[document.id] = shard_name(document)
@@ -296,8 +296,13 @@ class Snapshot:
         return [cast(OfKind, self._mapped[directory]) for directory in directories]
 
     def present(self, documents: Iterable[Document]) -> set[str]:
-        """The ids of those that the store has. Raises :class:`DataError` where it has another text under an id."""
-        hashes = {document.id: document.content_hash for document in documents}
+        """The ids of those that the store has. Raises :class:`DataError` where an id comes twice, or the store has
+        another text under it."""
+        hashes: dict[str, str] = {}
+        for document in documents:
+            if document.id in hashes:
+                raise _comes_twice(document.id)
+            hashes[document.id] = document.content_hash
         found = self._locate(list(hashes))
         for id, (_, row) in found.items():
             if row.content_hash != hashes[id]:
@@ -479,6 +484,10 @@ class Snapshot:
     def log(self) -> list[dict[str, Any]]:
         """What was added and removed, and when."""
         return history.read(self.path / "log.jsonl")
+
+
+def _comes_twice(id: str) -> DataError:
+    return DataError(f"document {id!r} comes twice; ids are unique, also between files")
 
 
 @contextlib.contextmanager

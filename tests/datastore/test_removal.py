@@ -152,6 +152,16 @@ def test_what_is_there_already_is_passed_over_when_asked(make_store, distinct, m
         Store.open(store.path).present([replace(distinct[0], text="another")])
 
 
+def test_an_id_that_comes_twice_is_not_passed_over(make_store, distinct, model_dir, tmp_path):
+    """With --skip-present too, an id that comes twice is refused, also where the last of its texts is the store's."""
+    store = make_store("store", distinct[:1])
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    for file, document in zip(files, (replace(distinct[0], text="another"), distinct[0]), strict=True):
+        file.write_text(json.dumps(document.to_json()))
+    result = run("add", store.path, *files, "--model", model_dir, "--skip-present")
+    assert (result.exit_code, "'Ada/0' comes twice" in result.stderr) == (1, True)
+
+
 # --- near-duplicates --------------------------------------------------------------------------------------------------
 
 
