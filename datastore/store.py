@@ -64,7 +64,9 @@ if TYPE_CHECKING:
     from silo.language_model import LanguageModel
 
 SPOOL = "spool"
-PARTS = {"store.json", "tokenizer.json", "control", "shards", *KINDS, "receipts", "log.jsonl", ".lock", SPOOL}
+FILLED = ("shards", *KINDS, "receipts")
+"""Directories that may be empty, which what copies a store may leave out: git does, and so do object stores."""
+PARTS = {"store.json", "tokenizer.json", "control", *FILLED, "log.jsonl", ".lock", SPOOL}
 """All that a store's directory may hold."""
 
 Progress = Callable[[int, int], None]
@@ -88,7 +90,7 @@ class Store(Snapshot):
             dir=place.parent, prefix=f".{place.name}.", ignore_cleanup_errors=True
         ) as scratch:
             root = Path(scratch) / "store"
-            for directory in (root, *(root / name for name in ("control", "shards", *KINDS, "receipts"))):
+            for directory in (root, *(root / name for name in ("control", *FILLED))):
                 directory.mkdir()
             control_hash = control.save(root / "control")
             tokenizer = tokenizer_file.read_bytes()
@@ -179,9 +181,11 @@ class Store(Snapshot):
             key: signs the receipt.
 
         Raises:
-            UsageError: there is no such shard, or there is such a file.
+            UsageError: there is no such shard, or there is such a file, or it would lie in the store.
             IntegrityError: the shard is damaged.
         """
+        if self.path.resolve() in file.resolve().parents:
+            raise UsageError(f"{file} would lie in the store {self.path}; choose a place outside")
         with self._writing():
             rows = self.affected(Selection(shards=(name,)))
             entry = self.manifest.shards[name]
@@ -340,6 +344,8 @@ class Store(Snapshot):
         """See the store as it is on disk now; a map of a file that is gone would keep it on the disk."""
         self._mapped.clear()
         self.manifest = Manifest.read(self.path / "store.json")
+        for name in FILLED:
+            (self.path / name).mkdir(exist_ok=True)
 
     def _commit(
         self,

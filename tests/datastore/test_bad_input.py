@@ -317,6 +317,28 @@ def test_damage_stops_a_change_that_would_read_it(store, jsonl, model_dir, bytes
     assert run("datastore", "add", store, good, "--model", model_dir).exit_code == 0
 
 
+def test_empty_directories_that_a_copy_lost_are_made_again(jsonl, model, model_dir, tmp_path):
+    """A store of nothing, checked out from git, which keeps no empty directories, verifies and takes documents."""
+    store = Store.create(tmp_path / "store", model, model_dir / "tokenizer.json").path
+    for name in ("shards", "search", "ngrams", "receipts"):
+        (store / name).rmdir()
+    assert run("datastore", "verify", store).exit_code == 0
+    for name in ("shards", "search", "ngrams", "receipts"):
+        (store / name).rmdir()
+    assert run("datastore", "add", store, jsonl(record("a")), "--model", model_dir).exit_code == 0
+    assert run("datastore", "verify", store).exit_code == 0
+
+
+def test_a_missing_directory_that_was_not_empty_is_named(store):
+    """What was in it is missing: nothing is made up for it."""
+    for name in ("shards", "search", "ngrams", "receipts"):
+        (store / name).rename(store.parent / name)
+        assert f"{store / name}" in refused("datastore", "verify", store, code=1)
+        (store / name).rmdir()
+        (store.parent / name).rename(store / name)
+    assert run("datastore", "verify", store).exit_code == 0
+
+
 def test_stray_file_is_named(store):
     """A file that is not the store's own, which might be text that was removed, makes ``verify`` fail and name it."""
     places = [store, store / "control", store / "receipts"]

@@ -222,6 +222,11 @@ def test_wrong_use_is_told(exported, make_store, tmp_path):
         store.take_in(file)
     assert "--skip-present" not in str(caught.value)  # which import does not have
     assert not (tmp_path / "nobody").exists()
+    (tmp_path / "link").symlink_to(store.path / "receipts")
+    for place in (store.path, store.path / "shards", tmp_path / "link"):
+        with pytest.raises(UsageError, match="would lie in the store"):
+            store.export("Ada", place / "ada.shard")
+    assert store.verify()["verified"]
 
 
 def test_commands(exported, make_store, tmp_path):
