@@ -1,7 +1,8 @@
-"""What an exported shard must be for a store to take it in.
+"""What a document, and an exported shard, must be for a store to take it in.
 
-Checksums say that a file is what was written, not that whoever wrote it was a store. So everything that later reading
-relies on is looked at before a byte is committed: one shard that is not what it seems would spoil its whole group.
+Of a shard, checksums say that a file is what was written, not that whoever wrote it was a store. So everything that
+later reading relies on is looked at before a byte is committed: one shard that is not what it seems would spoil its
+whole group.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from datastore.shard import ARRAYS, DocumentRow, Shard, shard_name
+from silo.documents import Document
 from silo.errors import DataError
 from silo.files import read_checked
 
+LONGEST_ID = 8192
+"""Bytes. Lucene takes no word of more than 32,766, and an id becomes a part of one."""
 INDEX = "shard.json"
 FILES = {INDEX, "documents.jsonl", *(f"{name}.npy" for name in ARRAYS)}
 _TYPES = {"begin": int, "end": int, "keyed": bool}
@@ -37,6 +41,22 @@ class Fitting:
     """How many inverted lists there are."""
     code_bytes: int
     """Width of a code."""
+
+
+def require_storable(document: Document | DocumentRow) -> None:
+    """Raise :class:`DataError` for a document that cannot be written: it is no Unicode text, or its id is too long."""
+    for name in ("id", "owner", "license", "source", "title", "prompt", "text"):
+        try:
+            size = len(getattr(document, name, "").encode())
+        except UnicodeEncodeError:
+            raise DataError(
+                f"document {document.id[:40]!r} has a {name} with an unpaired surrogate, which is no Unicode text; "
+                "mend or drop it"
+            ) from None
+        if name == "id" and size > LONGEST_ID:
+            raise DataError(
+                f"document {document.id[:40]!r}… has an id of {size:,} bytes; give it one of {LONGEST_ID:,} at most"
+            )
 
 
 def read_index(directory: Path, expected_hash: str) -> dict[str, Any]:

@@ -81,7 +81,6 @@ def render(value: dict[str, Any]) -> None:
     metavar="FILE",
     help='JSON: a gate, weights that --save-weights wrote, or such as {"knn": 0.3}. Default: the store\'s gate.',
 )
-@policy_options
 @click.option(
     "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="So many tokens at most."
 )
@@ -96,6 +95,7 @@ def render(value: dict[str, Any]) -> None:
     help="Write at most so many tokens in a row that stand in a document of the store.",
 )
 @reports(render)
+@policy_options
 def generate(
     prompt: str,
     model: Path,

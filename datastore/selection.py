@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from datastore.shard import DocumentRow
+from silo.documents import require_unicode
 from silo.errors import UsageError
 from silo.purposes import touches
 
@@ -29,6 +30,11 @@ class Selection:
     shards: tuple[str, ...] = ()
     licenses: tuple[str, ...] = ()
     """SPDX expressions, or patterns of the licences in them such as ``CC-BY-NC-*``."""
+
+    def __post_init__(self) -> None:
+        for kind, names in asdict(self).items():
+            for name in names:
+                require_unicode(name, f"the {KINDS[kind]}")
 
     def holds(self, shard: str, row: DocumentRow, licensed: Licensed = touches) -> bool:
         """Whether a document is among them."""

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from datastore import history
 from datastore import shard as shards_on_disk
-from datastore.admission import Fitting
+from datastore.admission import Fitting, require_storable
 from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
@@ -151,10 +151,12 @@ class Snapshot:
 
         Raises:
             UsageError: there are none.
-            DataError: a document is in the store already, comes twice, or has neither owner nor source.
+            DataError: a document is in the store already, comes twice, has neither owner nor source, or cannot be
+                written.
         """
         shards: dict[str, str] = {}
         for document in documents:
+            require_storable(document)
             if document.id in shards:
                 raise _comes_twice(document.id)
             if not shard_name(document):

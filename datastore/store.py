@@ -41,7 +41,7 @@ from datastore.selection import Selection
 from datastore.shard import DocumentRow, Encoded, Shard, shard_name, slug, token_type, write_shard
 from datastore.snapshot import Snapshot
 from datastore.spool import Spool
-from silo.documents import Document
+from silo.documents import Document, require_unicode
 from silo.errors import LicenseError, StoreError, UsageError
 from silo.files import (
     canonical_json,
@@ -184,6 +184,7 @@ class Store(Snapshot):
             UsageError: there is no such shard, or there is such a file, or it would lie in the store.
             IntegrityError: the shard is damaged.
         """
+        require_unicode(reason, "the reason")
         if self.path.resolve() in file.resolve().parents:
             raise UsageError(f"{file} would lie in the store {self.path}; choose a place outside")
         with self._writing():
@@ -277,6 +278,7 @@ class Store(Snapshot):
         Raises:
             UsageError: something named is not in the store.
         """
+        require_unicode(reason, "the reason")
         with self._writing():
             if not spooled.lacks(self._spool, selection.holds, code_bytes=self.control.codes.size):
                 remove_tree(self._spool)

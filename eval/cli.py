@@ -74,8 +74,8 @@ def render(value: dict[str, Any]) -> None:
 )
 @RULES
 @nearest_options
-@policy_options
 @reports(render)
+@policy_options
 def perplexity(
     model: Path,
     store: Path | None,

@@ -50,8 +50,8 @@ def render(value: dict[str, Any]) -> None:
     help='JSON: a gate, weights that --save-weights wrote, or such as {"knn": 0.3}. Default: the store\'s gate.',
 )
 @click.option("--domain-prompt", metavar="TEXT", help="Of questions that name none, such as 'Answer:'.")
-@policy_options
 @reports(render)
+@policy_options
 def zero_shot(
     model: Path,
     task: Path,

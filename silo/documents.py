@@ -159,6 +159,13 @@ def document_from_record(record: dict[str, Any], *, where: str) -> Document:
     return Document(id=record["id"], **body, **optional)
 
 
+def require_unicode(text: str, what: str) -> None:
+    """Raise :class:`UsageError` if a name or a reason is no text, as bytes of another encoding on a command line are
+    not, which Python passes on as unpaired surrogates."""
+    if _has_surrogate(text):
+        raise UsageError(f"{what} {text[:40]!r} is no Unicode text; give it in UTF-8")
+
+
 def _kind(record: dict[str, Any], name: str) -> str:
     if name not in record:
         return "missing"

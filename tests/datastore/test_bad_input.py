@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from datastore.store import Selection, Store
 from silo.cli import main
-from silo.errors import IntegrityError, SiloError, StoreError
+from silo.errors import DataError, IntegrityError, SiloError, StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,6 +221,54 @@ def measure(model_dir, store, data, tmp_path, use="lm,knn,ric"):
     )
     options = ("--model", model_dir, "--store", store, "--use", use, "--data", data, "--max-tokens", 40)
     return ("eval", "perplexity", *options, "--weights", tmp_path / "weights.json")
+
+
+NO_TEXT = "A\udce9da"
+"""What Python makes of a name in Latin-1 on a command line."""
+
+
+@pytest.mark.parametrize("option", ["--document", "--owner", "--source", "--license", "--shard"])
+def test_a_name_that_is_no_text_is_wrong_use(store, option, bytes_of):
+    """Bytes that are no UTF-8, in a name or in the reason, are refused in one line before anything is done."""
+    before = bytes_of(store)
+    said = refused("datastore", "remove", store, option, NO_TEXT, code=2)
+    assert rf"{option[2:]} 'A\udce9da' is no Unicode text" in said
+    for command in (
+        ("remove", store, "--owner", "Ada"),
+        ("export", store, "--shard", "Ada", "--out", store.parent / "x"),
+    ):
+        assert "the reason 'A" in refused("datastore", *command, "--reason", NO_TEXT, code=2)
+    assert bytes_of(store) == before
+
+
+def test_a_policy_that_is_no_text_is_wrong_use(store, model_dir, jsonl, tmp_path):
+    """The same for what may be used, in every command that has a policy."""
+    common = ("--model", model_dir, "--store", store, "--deny-owner", NO_TEXT)
+    assert "no Unicode text" in refused("generate", "a", *common, code=2)
+    measured = measure(model_dir, store, jsonl(record("a")), tmp_path)
+    assert "no Unicode text" in refused(*measured, "--deny-owner", NO_TEXT, code=2)
+    assert "no Unicode text" in refused(
+        "eval", "zero-shot", model_dir, jsonl(record("a")), "--store", store, "--deny", NO_TEXT, code=2
+    )
+
+
+@pytest.mark.parametrize("field", ["id", "owner", "license", "source", "title", "text", "prompt"])
+def test_a_document_that_is_no_text_is_refused(store, model, documents, bytes_of, field):
+    """A document that was not read from a file is looked at as well."""
+    before = bytes_of(store)
+    with pytest.raises(DataError, match=f"has a {field} with an unpaired surrogate"):
+        Store.open(store).add([replace(documents[9], **{field: NO_TEXT})], model)
+    assert bytes_of(store) == before
+
+
+def test_a_very_long_id_is_refused(store, jsonl, model_dir, bytes_of):
+    """An id of 8,192 bytes is added; one of a byte more is not, and is named by its beginning."""
+    path = jsonl({**record(), "id": "é" * 4096}, {**record(), "id": "x" + "é" * 4096})
+    before = bytes_of(store)
+    said = refused("datastore", "add", store, path, "--model", model_dir, code=1)
+    assert f"document 'x{'é' * 39}'… has an id of 8,193 bytes" in said
+    assert bytes_of(store) == before
+    assert run("datastore", "add", store, jsonl({**record(), "id": "é" * 4096}), "--model", model_dir).exit_code == 0
 
 
 # --- damaged stores ---------------------------------------------------------------------------------------------------
