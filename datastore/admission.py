@@ -12,14 +12,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datastore.shard import ARRAYS, DocumentRow, Shard, shard_name
+from datastore.shard import ARRAYS, TOKEN_TYPES, DocumentRow, Shard, shard_name
 from silo.documents import Document
 from silo.errors import DataError
-from silo.files import read_checked
+from silo.files import load_array, read_checked
+
+if TYPE_CHECKING:
+    from datastore.snapshot import Snapshot
 
 LONGEST_ID = 8192
 """Bytes. Lucene takes no word of more than 32,766, and an id becomes a part of one."""
@@ -41,6 +44,17 @@ class Fitting:
     """How many inverted lists there are."""
     code_bytes: int
     """Width of a code."""
+
+    @classmethod
+    def of(cls, store: Snapshot) -> Fitting:
+        """What a store asks. Which type tokens have hangs on the model, so a store of no shards may take both."""
+        types = [np.dtype(each) for each in TOKEN_TYPES]
+        if store.manifest.shards:
+            some = next(iter(store.manifest.shards.values())).directory
+            types = [load_array(store.path / "shards" / some / "tokens.npy", mapped=True).dtype]
+        tokens = 1 + max(store.tokenizer.get_vocab().values(), default=-1)
+        types = [each for each in types if tokens <= 1 << 8 * each.itemsize]
+        return cls(types, tokens, len(store.control.centroids), store.control.codes.size)
 
 
 def require_storable(document: Document | DocumentRow) -> None:

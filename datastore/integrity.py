@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,14 @@ def refuse_strays(directory: Path, known: set[str]) -> None:
 def missing(path: Path) -> IntegrityError:
     """The error for a file that should be there."""
     return IntegrityError(f"{path} is missing; restore it from a backup")
+
+
+@contextlib.contextmanager
+def noting(shard: str, damaged: set[str] | None) -> Iterator[None]:
+    """Note a shard that turns out to be damaged, where this is asked for, and go on."""
+    try:
+        yield
+    except IntegrityError:
+        if damaged is None:
+            raise
+        damaged.add(shard)

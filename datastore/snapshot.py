@@ -19,21 +19,22 @@ from tokenizers import Tokenizer
 
 from datastore import history
 from datastore import shard as shards_on_disk
-from datastore.admission import Fitting, require_storable
+from datastore.admission import require_storable
 from datastore.blocks import BlockIndex
 from datastore.bm25 import K1, B
 from datastore.control import ControlPlane, describe
 from datastore.group_texts import GroupTexts, id_hash
 from datastore.groups import KINDS, NGRAMS, PARTS, SEARCH, group_array, verify_group
+from datastore.integrity import noting
 from datastore.keys import KeyGroup
 from datastore.manifest import Group, Manifest
 from datastore.selection import Licensed, Selection, unknown
-from datastore.shard import TOKEN_TYPES, DocumentRow, DocumentRows, Shard, Texts, shard_name
+from datastore.shard import DocumentRow, DocumentRows, Shard, Texts, shard_name
 from datastore.sketches import ALIKE, candidates, containment, every_shingle, sample
 from datastore.view import OfKind, Part, View
 from silo.documents import Document
 from silo.errors import DataError, IntegrityError, StoreError, UsageError
-from silo.files import load_array, read_checked
+from silo.files import read_checked
 from silo.purposes import matches, touches
 from silo.retrieval import PROBES, Metric
 
@@ -83,16 +84,6 @@ class Snapshot:
         entry = self.manifest.shards[name]
         with self._as_opened():
             return Shard.read(self.path / "shards" / entry.directory, entry.hash)
-
-    def fitting(self) -> Fitting:
-        """What a shard that comes from elsewhere must be to be one of the store's."""
-        types = TOKEN_TYPES
-        if self.manifest.shards:
-            some = self._shard_directory(min(self.manifest.shards))
-            types = (load_array(some / "tokens.npy", mapped=True).dtype.type,)
-        tokens = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
-        kinds = [np.dtype(each) for each in types if tokens <= 1 << 8 * np.dtype(each).itemsize]
-        return Fitting(kinds, tokens, len(self.control.centroids), self.control.codes.size)
 
     def read_texts(self, name: str) -> Texts:
         """Read what a live shard has besides keys, every byte of it checked."""
@@ -355,7 +346,7 @@ class Snapshot:
         removed all the same."""
         damaged: set[str] = set()
         for name in self.manifest.shards.keys() & set(selection.shards):
-            with _noting(name, damaged):
+            with noting(name, damaged):
                 self.rows_of(name)
         return sorted(damaged)
 
@@ -397,12 +388,12 @@ class Snapshot:
         own = {row.id for _, row in documents}
         texts: list[tuple[str, str]] = []
         for name in sorted({name for name, _ in documents}):
-            with _noting(name, damaged):
+            with noting(name, damaged):
                 texts += self._texts(name, own)
         wanted, whole = [sample(text) for _, text in texts], [every_shingle(text) for _, text in texts]
         found = []
         for shard, asked in self._alike(wanted, own, damaged).items():
-            with _noting(shard, damaged):
+            with noting(shard, damaged):
                 for id, text in self._texts(shard, set(asked)):
                     theirs = every_shingle(text)
                     share, of = max((containment(whole[which], theirs), texts[which][0]) for which in asked[id])
@@ -421,7 +412,7 @@ class Snapshot:
                 hashes, documents = (group_array(directory, f"sketches/{name}.npy") for name in ("hashes", "documents"))
             for number, which in sorted(candidates(hashes, documents, wanted).items()):
                 shard = group.shards[rows.shard_of(number)]
-                with _noting(shard, damaged):
+                with noting(shard, damaged):
                     if (id := rows(number).id) not in own:
                         found.setdefault(shard, {})[id] = which
         return found
@@ -490,17 +481,6 @@ class Snapshot:
 
 def _comes_twice(id: str) -> DataError:
     return DataError(f"document {id!r} comes twice; ids are unique, also between files")
-
-
-@contextlib.contextmanager
-def _noting(shard: str, damaged: set[str] | None) -> Iterator[None]:
-    """Note a shard that turns out to be damaged, if it is asked for, and go on."""
-    try:
-        yield
-    except IntegrityError:
-        if damaged is None:
-            raise
-        damaged.add(shard)
 
 
 def _exceed(limit: int, files: Iterable[Path]) -> bool:

@@ -29,6 +29,7 @@ import numpy as np
 
 from datastore import history
 from datastore import spool as spooled
+from datastore.admission import Fitting
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
 from datastore.groups import KINDS
@@ -212,7 +213,7 @@ class Store(Snapshot):
         with self._writing():
             directory = self.path / "shards" / ".import"  # which the next writer collects
             directory.mkdir()
-            shard = read_export(file, directory, self.manifest, self.fitting())
+            shard = read_export(file, directory, self.manifest, Fitting.of(self))
             self.require_addable(shard.rows, advice="remove it first: a shard is imported as a whole")
             return self._insert(shard.documents(), key)
 
