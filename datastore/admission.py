@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datastore.shard import ARRAYS, TOKEN_TYPES, DocumentRow, Shard, shard_name
+from datastore.shard import ARRAYS, TOKEN_TYPES, DocumentRow, Encoded, Shard, shard_name
 from silo.documents import Document
-from silo.errors import DataError
+from silo.errors import DataError, StoreError
 from silo.files import load_array, read_checked
 
 if TYPE_CHECKING:
@@ -48,13 +48,27 @@ class Fitting:
     @classmethod
     def of(cls, store: Snapshot) -> Fitting:
         """What a store asks. Which type tokens have hangs on the model, so a store of no shards may take both."""
-        types = [np.dtype(each) for each in TOKEN_TYPES]
-        if store.manifest.shards:
-            some = next(iter(store.manifest.shards.values())).directory
-            types = [load_array(store.path / "shards" / some / "tokens.npy", mapped=True).dtype]
         tokens = 1 + max(store.tokenizer.get_vocab().values(), default=-1)
-        types = [each for each in types if tokens <= 1 << 8 * each.itemsize]
+        types = [each for each in _token_types(store) if tokens <= 1 << 8 * each.itemsize]
         return cls(types, tokens, len(store.control.centroids), store.control.codes.size)
+
+
+def _token_types(store: Snapshot) -> list[np.dtype]:
+    """Those that tokens of a shard may have beside the store's."""
+    for entry in store.manifest.shards.values():
+        return [load_array(store.path / "shards" / entry.directory / "tokens.npy", mapped=True).dtype]
+    return [np.dtype(each) for each in TOKEN_TYPES]
+
+
+def require_one_type(store: Snapshot, encoded: Iterable[Encoded]) -> None:
+    """Raise :class:`StoreError` where tokens to add are of another type than the store's: no model gives both."""
+    types = _token_types(store)
+    for each in encoded:
+        if each.tokens.dtype not in types:
+            raise StoreError(
+                f"the tokens in {store.path} are {types[0]}, those of {each.document.id!r} {each.tokens.dtype}; the "
+                "store took in a shard that its model did not make: remove that first"
+            )
 
 
 def require_storable(document: Document | DocumentRow) -> None:

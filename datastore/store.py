@@ -29,7 +29,7 @@ import numpy as np
 
 from datastore import history
 from datastore import spool as spooled
-from datastore.admission import Fitting
+from datastore.admission import Fitting, require_one_type
 from datastore.blocks import BLOCK_STRIDE, BLOCK_TOKENS
 from datastore.control import ControlPlane, describe
 from datastore.groups import KINDS
@@ -154,6 +154,7 @@ class Store(Snapshot):
             return self._insert(encoded, key)
 
     def _insert(self, encoded: Sequence[Encoded], key: Ed25519PrivateKey | None) -> Receipt:
+        require_one_type(self, encoded)
         changed: dict[str, list[Encoded]] = {}
         rows = []
         for each in encoded:

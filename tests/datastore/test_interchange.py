@@ -176,6 +176,21 @@ def test_a_shard_that_no_store_wrote_is_refused(exported, make_store, few, tmp_p
     assert bytes_of(store.path) == before
 
 
+def test_tokens_of_two_types_are_not_mixed(exported, make_store, few, tmp_path, model, bytes_of):
+    """An empty store cannot know its model's type of tokens; what it took in by mistake spoils nothing that follows."""
+    crafted(exported[1], tmp_path / "bad", *CRAFTED["wider tokens"])
+    store = make_store("to")
+    store.take_in(tmp_path / "bad")
+    before = bytes_of(store.path)
+    more = [document for document in few if document.owner == "Mary"]
+    with pytest.raises(StoreError, match=r"are uint32, those of 'Mary/\d' uint16; .* remove that first"):
+        store.add(more, model)
+    assert bytes_of(store.path) == before
+    store.remove(Selection(owners=("Ada",)))
+    store.add(more, model)
+    assert store.hash == make_store("fresh", more).hash
+
+
 def test_shard_of_another_control_plane_is_refused(exported, model, model_dir, tmp_path):
     """Codes of another control plane are not mixed in."""
     other = Store.create(
