@@ -348,8 +348,9 @@ class Store(Snapshot):
         """See the store as it is on disk now; a map of a file that is gone would keep it on the disk."""
         self._mapped.clear()
         self.manifest = Manifest.read(self.path / "store.json")
-        for name in FILLED:
-            (self.path / name).mkdir(exist_ok=True)
+        for directory in (self.path / name for name in FILLED):
+            if not directory.is_dir():
+                directory.mkdir()
 
     def _commit(
         self,
