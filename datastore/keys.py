@@ -181,7 +181,8 @@ class KeyGroup(GroupTexts):
         wanted = int(_capacity(self.lists.sizes).sum()) * (width + _ROW_BYTES)
         if len(self.lists.file) != wanted:
             raise IntegrityError(
-                f"{self._path} has {len(self.lists.file)} bytes, not {wanted}; restore it from a backup"
+                f"{self._path} has {len(self.lists.file)} bytes, not {wanted}; restore it from a backup, or rebuild it "
+                "with `silo datastore verify --repair`"
             )
 
     def list(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +215,7 @@ def _map_lists(path: Path, sizes: np.ndarray) -> tuple[int, Lists]:
     capacity = _capacity(sizes)
     keys, firsts = int(capacity.sum()), _before(capacity)
     size = path.stat().st_size
-    if size % max(1, keys) or size < keys * (_ROW_BYTES + 1):
+    if size < keys * (_ROW_BYTES + 1):
         raise not_whole(path, f"{size} bytes are not those of {keys} keys")
     file = np.asarray(np.memmap(path, mode="r")) if keys else np.zeros(0, np.uint8)
     width = len(file) // keys - _ROW_BYTES if keys else 0
