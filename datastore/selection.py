@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from datastore.shard import DocumentRow
@@ -36,10 +37,15 @@ class Selection:
             for name in names:
                 require_unicode(name, f"the {KINDS[kind]}")
 
+    @cached_property
+    def _ids(self) -> frozenset[str]:
+        """The same as :attr:`documents`, of which there may be thousands."""
+        return frozenset(self.documents)
+
     def holds(self, shard: str, row: DocumentRow, licensed: Licensed = touches) -> bool:
         """Whether a document is among them."""
         return (
-            row.id in self.documents
+            row.id in self._ids
             or row.owner in self.owners
             or row.source in self.sources
             or shard in self.shards
