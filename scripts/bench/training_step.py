@@ -133,6 +133,11 @@ def batches(plan: Plan, recipe: Recipe, steps: int) -> list[list[Batch]]:
     ]
 
 
+def of_text(out: Any) -> float:
+    """The loss of the text alone, as ours tells it, without what routers add."""
+    return float(out.loss.detach() - (0.0 if out.aux_loss is None else out.aux_loss.detach()))
+
+
 def bare_loop(model: SiloForCausalLM, recipe: Recipe, steps: list[list[Batch]]) -> Callable[[], float]:
     """Nothing but the model and its optimizer; gives the loss of a step."""
     optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
@@ -141,9 +146,9 @@ def bare_loop(model: SiloForCausalLM, recipe: Recipe, steps: list[list[Batch]]) 
     def step() -> float:
         losses = []
         for batch in next(turns):
-            loss = model(**batch, use_cache=False).loss
-            loss.backward()
-            losses.append(float(loss.detach()))
+            out = model(**batch, use_cache=False)
+            out.loss.backward()
+            losses.append(of_text(out))
         optimizer.step()
         optimizer.zero_grad()
         return statistics.fmean(losses)
@@ -167,9 +172,9 @@ def example_loop(
     def step() -> float:
         losses = []
         for _ in steps[0]:
-            loss = model(**next(turns), use_cache=False).loss
-            accelerator.backward(loss)
-            losses.append(float(loss.detach()))
+            out = model(**next(turns), use_cache=False)
+            accelerator.backward(out.loss)
+            losses.append(of_text(out))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

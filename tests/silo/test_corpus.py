@@ -371,8 +371,10 @@ def test_progress_hears_of_every_document(tmp_path: Path, sources: list[str]):
 
 def test_a_users_own_pairs_are_documents(tmp_path: Path):
     """A pair that was given, not drawn, counts as a document with prompt and completion."""
-    row = {"id": "p", "prompt": "2+2=", "completion": "4", "license": "CC0-1.0"}
+    row = {"id": "p", "prompt": "2+2=", "completion": "4", "license": "CC0-1.0", "source": "sums"}
     collect([write_documents(tmp_path / "x.jsonl", [row])], tmp_path / "out", pairs=True)
     corpus = Corpus.open(tmp_path / "out" / "permissive")
-    assert list(corpus.documents(split_of("p"))) == [Document(id="p", prompt="2+2=", text="4", license="CC0-1.0")]
+    assert list(corpus.documents(split_of("p"))) == [
+        Document(id="p", prompt="2+2=", text="4", license="CC0-1.0", source="sums")
+    ]
     assert audit(tmp_path / "out")["licenses"][0]["documents"] == 1
