@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import distributed
 
 from silo.errors import UsageError
 from silo.licensing import DEFAULT_POLICY, Policy, load_policy
@@ -66,9 +67,22 @@ def train(
         weights = run.weights()
         if accelerator.is_main_process:
             save(recipe, policy, model, weights, lesson, summary)
-        accelerator.wait_for_everyone()
+        wait_for_everyone(accelerator)
     accelerator.end_training()
     return {"model": str(recipe.output), **summary}
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """Wait until all processes are here, the last time before what they share is let go.
+
+    Gloo's usual barrier is done by a thread that needs Python's lock to let go of it. If the model is freed before it
+    has, torch waits for that thread with the lock held, for ever (torch 2.13; seen once in some hundred runs). The
+    monitored barrier has no such thread.
+    """
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.monitored_barrier()
+    else:
+        accelerator.wait_for_everyone()
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
