@@ -27,13 +27,13 @@ def another_day(records: Mapping[str, Record], again: Mapping[str, Record], else
         pairs[name] = firsts[problems.index([])], second
     rows = [row for name, both in pairs.items() for row in _rows(name, *both)]
     agree = sum(row.endswith("| equal |") for row in rows)
+    others = "; others are better or worse than they were by more than both" if agree < len(rows) else ""
     days = "\n".join(
         f"- {name}: {_when(first)} and {_when(second)}, {processor(second)}" for name, (first, second) in pairs.items()
     )
     return f"""## Benches run on another day
 
-{agree} of {len(rows)} ratios agree within the spreads of both runs; others are better or worse than they were by more \
-than both.
+{agree} of {len(rows)} ratios agree within the spreads of both runs{others}.
 
 {days}
 
