@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datastore.shard import ARRAYS, TOKEN_TYPES, DocumentRow, Encoded, Shard, shard_name
+from datastore.shard import ARRAYS, INDEX, TOKEN_TYPES, DocumentRow, Encoded, Shard, shard_name
 from silo.documents import Document
 from silo.errors import DataError, StoreError
 from silo.files import load_array, read_checked
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 LONGEST_ID = 8192
 """Bytes. Lucene takes no word of more than 32,766, and an id becomes a part of one."""
-INDEX = "shard.json"
 FILES = {INDEX, "documents.jsonl", *(f"{name}.npy" for name in ARRAYS)}
 _TYPES = {"begin": int, "end": int, "keyed": bool}
 """Of the fields of a row that are no strings."""

@@ -36,7 +36,8 @@ from silo.errors import IntegrityError
 from silo.files import read_array, sha256_file, sync_directory, write_file
 
 GROUP_TOKENS = 4_000_000
-"""Shards share keys, blocks and sketches up to this many tokens, which bounds what a removal must rewrite."""
+"""Shards share keys, blocks and sketches up to this many tokens, suffixes up to a multiple of it (:data:`TIMES`), which
+bounds what a removal must rewrite."""
 ALONE_TOKENS = 500_000
 """A shard from this size on has a search structure of its own, so that its removal rewrites nothing."""
 INDEX = "group.json"

@@ -32,6 +32,7 @@ from silo.documents import Document
 from silo.files import canonical_json, load_array, map_array, read_checked, write_file, write_rows
 from silo.retrieval import SourceDocument
 
+INDEX = "shard.json"
 ARRAYS = ("tokens", "lists", "codes")
 OF_KEYS = ARRAYS[1:]
 TOKEN_TYPES = (np.uint16, np.uint32)
@@ -175,7 +176,7 @@ def write_shard(directory: Path, documents: Iterable[Encoded], *, context: dict[
         "sources": sorted({row.source for row in rows}),
         "files": files,
     }
-    digest = write_file(directory / "shard.json", canonical_json({**manifest, "owner": rows[0].owner, **context}))
+    digest = write_file(directory / INDEX, canonical_json({**manifest, "owner": rows[0].owner, **context}))
     return digest, Shard(rows, *(load_array(directory / f"{name}.npy", mapped=True) for name in ARRAYS))
 
 
@@ -210,7 +211,7 @@ class DocumentRows:
 
 def read_manifest(directory: Path, expected_hash: str) -> dict:
     """Read and check ``shard.json``."""
-    return json.loads(read_checked(directory / "shard.json", expected_hash))
+    return json.loads(read_checked(directory / INDEX, expected_hash))
 
 
 def read_rows(directory: Path, manifest: dict) -> list[DocumentRow]:

@@ -39,7 +39,7 @@ from datastore.interchange import read_export, write_export
 from datastore.manifest import FORMAT, Manifest, ShardEntry
 from datastore.regrouping import Change
 from datastore.selection import Selection
-from datastore.shard import DocumentRow, Encoded, Shard, shard_name, slug, token_type, write_shard
+from datastore.shard import INDEX, DocumentRow, Encoded, Shard, shard_name, slug, token_type, write_shard
 from datastore.snapshot import Snapshot
 from datastore.spool import Spool
 from silo.documents import Document, require_unicode
@@ -192,7 +192,7 @@ class Store(Snapshot):
         with self._writing():
             rows = self.affected(Selection(shards=(name,)))
             entry = self.manifest.shards[name]
-            verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
+            verify_directory(self.path / "shards" / entry.directory, INDEX, entry.hash)
             before = self.manifest.sequence
             write_export(self.path / "shards" / entry.directory, entry, name, file, self.manifest)
             try:
@@ -475,7 +475,7 @@ class Store(Snapshot):
             read_checked(self.path / "tokenizer.json", self.manifest.tokenizer)
             verify_directory(self.path / "control", "control.json", self.manifest.control)
             for entry in self.manifest.shards.values():
-                verify_directory(self.path / "shards" / entry.directory, "shard.json", entry.hash)
+                verify_directory(self.path / "shards" / entry.directory, INDEX, entry.hash)
             for kind in KINDS:
                 for group in self.groups_of(kind):
                     self._verify_group(kind, group)

@@ -160,9 +160,10 @@ def text_claim(text: str) -> Notice | None:
     named = [(position, license) for position, license in _names(head) if not tier_of(license).permissive]
     if granted and condition and not named:
         named = [(condition.start(), UNREADABLE)]
-    for position, license in named:
-        return Notice(license, text.count("\n", 0, position) + 1, text[_line(text, position)].strip())
-    return None
+    if not named:
+        return None
+    position, license = named[0]
+    return Notice(license, text.count("\n", 0, position) + 1, text[_line(text, position)].strip())
 
 
 def directory_of(document: Document) -> str:

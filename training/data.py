@@ -24,7 +24,7 @@ RARE_SHARE, RARE_REPEATS = 0.05, 3
 
 
 KEPT_DOCUMENTS = 16_000_000
-"""Passes are kept, in case a step goes back to them, while they hold so many documents together: 256 MB."""
+"""Passes over a domain are kept, in case a step goes back to them, while they hold so many documents: 256 MB."""
 
 
 class Domain:
